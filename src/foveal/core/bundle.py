@@ -1,0 +1,130 @@
+"""The Bundle: a folder that holds a model and everything needed to trust it. Written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foveal.core.errors import BundleError, FovealError
+
+FORMAT = 1
+REQUIRED = ("bundle.json", "model.safetensors", "calibration.json", "metrics.json", "cost.json")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """fsync a file or folder, so that a rename that follows cannot overtake its content."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Generator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends well.
+
+    A crash leaves the old folder or the new one, never half. On an error the temporary folder is removed.
+
+    Raises:
+        FovealError: no space left on the device, or the folder cannot be written.
+    """
+    target = Path(target).absolute()
+    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+        for file in sorted(staging.rglob("*")):
+            sync(file)
+        sync(staging)
+        if target.exists():
+            aside = target.with_name(f".{target.name}.{os.getpid()}.old")
+            target.rename(aside)
+            staging.rename(target)
+            shutil.rmtree(aside)
+        else:
+            staging.rename(target)
+        sync(target.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise FovealError(
+                f"no space left on the device while writing {target}: free some space and run the same command again"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise FovealError(f"cannot write {target} ({error.strerror}): choose another --out") from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class BundleFiles:
+    """The readable parts of a Bundle folder, verified."""
+
+    path: Path
+    manifest: dict[str, Any]
+    calibration: dict[str, Any]
+    metrics: dict[str, Any]
+    cost: dict[str, Any]
+
+
+def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write bundle.json last, with the SHA-256 of the files that must not change."""
+    protected = ("model.safetensors", "calibration.json", "metrics.json")
+    hashes = {name: sha256(folder / name) for name in protected}
+    write_json(folder / "bundle.json", {"format": FORMAT, **manifest, "sha256": hashes})
+
+
+def open_bundle(path: str | Path) -> BundleFiles:
+    """Read and verify a Bundle folder.
+
+    Raises:
+        BundleError: not a Bundle, a file is missing or was edited, or the format is newer than this version.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is not a Bundle: expected a folder made by `foveal fit`")
+    missing = [name for name in REQUIRED if not (folder / name).is_file()]
+    if len(missing) == len(REQUIRED):
+        raise BundleError(f"{folder} is not a Bundle (no bundle.json): expected a folder made by `foveal fit`")
+    if missing:
+        raise BundleError(f"Bundle {folder} lacks {', '.join(missing)}: restore the folder or fit again")
+    try:
+        parts = {name: read_json(folder / name) for name in REQUIRED if name.endswith(".json")}
+        manifest: dict[str, Any] = parts["bundle.json"]
+        version, hashes = int(manifest["format"]), dict(manifest["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"Bundle {folder} has an unreadable JSON file ({error}): restore the folder or fit again"
+        ) from None
+    if version > FORMAT:
+        raise BundleError(
+            f"Bundle {folder} has format {version}, this foveal reads up to {FORMAT}: pip install --upgrade foveal"
+        )
+    for name, expected in hashes.items():
+        if sha256(folder / name) != expected:
+            raise BundleError(f"{name} in Bundle {folder} was edited or is damaged: restore the folder or fit again")
+    return BundleFiles(folder, manifest, parts["calibration.json"], parts["metrics.json"], parts["cost.json"])
