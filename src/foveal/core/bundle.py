@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,6 +44,28 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Swap two folders in one step where the kernel can (Linux renameat2), else in two."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    here, exchange_flag = -100, 2
+    if swap is not None and swap(here, os.fsencode(first), here, os.fsencode(second), exchange_flag) == 0:
+        return
+    aside = first.with_name(first.name + ".old")
+    second.rename(aside)
+    first.rename(second)
+    aside.rename(first)
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Generator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends well.
@@ -54,17 +79,16 @@ def atomic_folder(target: Path) -> Generator[Path]:
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
+        for left_over in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            if not running(int(left_over.suffixes[-2][1:])):
+                shutil.rmtree(left_over, ignore_errors=True)
         staging.mkdir()
         yield staging
         for file in sorted(staging.rglob("*")):
             sync(file)
         sync(staging)
         if target.exists():
-            aside = target.with_name(f".{target.name}.{os.getpid()}.old")
-            target.rename(aside)
-            staging.rename(target)
-            shutil.rmtree(aside)
+            exchange(staging, target)
         else:
             staging.rename(target)
         sync(target.parent)

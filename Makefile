@@ -1,0 +1,37 @@
+# make demo | test | lint | docs | benchmarks: each sets up .venv first, and does nothing there when nothing changed.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export PYTHONUTF8 := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: setup demo test lint docs benchmarks clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foveal needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + ": make PYTHON=python3.11 setup")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/foveal compare sample:textile --methods linear,nn-revisit,gda-clip,naive-bayes-probe --seeds 3 --offline --out runs/demo
+
+test: setup
+	$(BIN)/python -m pytest -n auto
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+docs: setup
+	$(BIN)/python scripts/make_docs.py
+
+benchmarks: setup
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv build dist

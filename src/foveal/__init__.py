@@ -1,0 +1,57 @@
+"""foveal: from a folder of images to a vision model you can trust and ship.
+
+The verbs are functions here, under the same names as on the command line, and imported when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from foveal.ship.bundle import Bundle, load
+    from foveal.verbs.backbones import backbones
+    from foveal.verbs.check import check
+    from foveal.verbs.compare import compare
+    from foveal.verbs.evaluate import evaluate
+    from foveal.verbs.export import export
+    from foveal.verbs.fit import fit
+    from foveal.verbs.methods import methods
+    from foveal.verbs.predict import predict
+    from foveal.verbs.reproduce import reproduce
+    from foveal.verbs.samples import samples
+
+VERBS = (
+    "fit",
+    "compare",
+    "predict",
+    "evaluate",
+    "check",
+    "export",
+    "methods",
+    "backbones",
+    "samples",
+    "reproduce",
+)
+__all__ = [
+    "Bundle",
+    "backbones",
+    "check",
+    "compare",
+    "evaluate",
+    "export",
+    "fit",
+    "load",
+    "methods",
+    "predict",
+    "reproduce",
+    "samples",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in VERBS:
+        return getattr(import_module(f"foveal.verbs.{name}"), name)
+    if name in ("Bundle", "load"):
+        return getattr(import_module("foveal.ship.bundle"), name)
+    raise AttributeError(f"module 'foveal' has no attribute '{name}'")

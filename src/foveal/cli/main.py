@@ -1,0 +1,111 @@
+"""The command line, built from the verbs' signatures: positional parameters become arguments, keyword-only
+ones become options, the docstring becomes the help. Nothing is typed twice."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from foveal import VERBS, __version__
+from foveal.cli.progress import TerminalProgress
+from foveal.core.errors import FovealError
+
+CommandLineError: Any = typer.BadParameter.__mro__[2]
+"""click's ClickException, which typer carries but does not export."""
+
+app = typer.Typer(
+    name="foveal",
+    help="From a folder of images to a vision model you can trust and ship.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+def command(verb: Callable[..., Any]) -> Callable[..., None]:
+    """A typer command that calls `verb`, shows its progress on stderr and its result on stdout.
+
+    A verb's result has `to_dict()` for --json and `to_text()` for people.
+    """
+    hints = parameter_types(verb)
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(verb).parameters.items():
+        if name == "progress":
+            continue
+        kind, text = get_args(hints[name])[:2] if get_origin(hints[name]) is Annotated else (hints[name], "")
+        given = {"help": text}
+        info = (
+            typer.Option(**given, show_default=parameter.default is not None)
+            if parameter.kind is parameter.KEYWORD_ONLY
+            else typer.Argument(**given, metavar=name.upper())
+        )
+        parameters.append(parameter.replace(annotation=Annotated[kind, info], kind=parameter.KEYWORD_ONLY))
+    as_json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+    parameters.append(inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=as_json))
+
+    def run(**arguments: Any) -> None:
+        as_json = arguments.pop("as_json")
+        with TerminalProgress() as progress:
+            if "progress" in hints:
+                arguments["progress"] = progress
+            result = verb(**arguments)
+        if as_json:
+            sys.stdout.write(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
+        else:
+            sys.stdout.write(result.to_text() + "\n")
+
+    run.__name__, run.__doc__ = verb.__name__, verb.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def parameter_types(verb: Callable[..., Any]) -> dict[str, Any]:
+    """Types of the parameters alone: a verb's result may name a class that only importing torch defines."""
+    written = {name: kind for name, kind in verb.__annotations__.items() if name != "return"}
+    return get_type_hints(type("_", (), {"__annotations__": written}), verb.__globals__, include_extras=True)
+
+
+for _name in VERBS:
+    app.command(_name)(command(getattr(import_module(f"foveal.verbs.{_name}"), _name)))
+
+
+def main() -> None:
+    """Entry point. Exit code 0 on success, 2 on a usage or data error, 1 on a fault of foveal."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        code = app(standalone_mode=False) or 0
+    except FovealError as error:
+        code = fail(str(error))
+    except CommandLineError as error:
+        code = fail(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        sys.stderr.write("foveal: stopped; the same command goes on where it was\n")
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.write("foveal: this is a fault of foveal; please report it with the lines above\n")
+        code = 1
+    sys.exit(code)
+
+
+def fail(message: str) -> int:
+    if message:
+        sys.stderr.write(f"foveal: {' '.join(message.split())}\n")
+    return 2

@@ -1,0 +1,57 @@
+"""Where foveal keeps what it can compute again, and how a file gets there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from foveal.core.errors import FovealError
+
+
+def cache_root() -> Path:
+    """`$FOVEAL_CACHE`, or `foveal` in the user's cache folder. Everything below it may be deleted at any time."""
+    given = os.environ.get("FOVEAL_CACHE")
+    if given:
+        return Path(given).expanduser().absolute()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "foveal"
+
+
+@contextmanager
+def atomic_file(target: Path) -> Generator[Path]:
+    """A temporary file beside `target` that takes its place when the block ends well; removed otherwise.
+
+    Raises:
+        FovealError: the folder cannot be made or written, or the device is full.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(handle)
+    except OSError as error:
+        raise unwritable(target, error) from error
+    staging = Path(name)
+    try:
+        yield staging
+        with staging.open("rb") as file:
+            os.fsync(file.fileno())
+        staging.replace(target)
+    except OSError as error:
+        raise unwritable(target, error) from error
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def unwritable(target: Path, error: OSError) -> FovealError:
+    return FovealError(
+        f"cannot write {target} ({error.strerror or error}): free some space, or set FOVEAL_CACHE to another folder"
+    )

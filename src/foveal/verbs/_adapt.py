@@ -1,0 +1,249 @@
+"""One method on one split: features or batches in, a classifier with held-out logits out."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from foveal.core.errors import UsageError
+from foveal.core.method import Adapt, Classifier, trainable
+from foveal.core.progress import Progress
+from foveal.core.seeds import derive, seed_everything
+from foveal.data.split import folds
+from foveal.evaluate.calibration import fit_temperature
+from foveal.verbs._prepare import Prepared
+
+FOLDS = 5
+ONE_FOLD_ABOVE = 20_000
+"""With more training images than this, one held-out fold replaces all five: enough to calibrate on, no copy of X."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """Labelled images of the known classes: features [n, D], labels [n] or [n, C], logits [n, C]."""
+
+    features: Tensor
+    labels: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a method made of one split.
+
+    `fitted` and `held_out` share no image: the score for unknown images is fitted on one, its threshold on the other.
+    `calibration` is logits and labels of images that the model behind those logits never saw.
+    """
+
+    method: Adapt
+    classifier: Classifier
+    fitted: Known
+    held_out: Known
+    test: Known
+    calibration: tuple[Tensor, Tensor]
+    temperature: float
+    seconds: float
+    trained_params: int
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def total_params(self) -> int:
+        return sum(p.numel() for p in self.classifier.state_dict().values())
+
+
+class FrozenRows:
+    """The training and test rows of one split, gathered once and shared by all frozen-feature methods.
+
+    Training rows are ordered by cross-validation fold, so that leaving out the last fold is a view.
+    """
+
+    def __init__(self, prepared: Prepared, splits: np.ndarray, seed: int, class_weights: str) -> None:
+        train = np.flatnonzero(splits != "test")
+        fold = folds(prepared.dataset.labels[train], prepared.groups[train], FOLDS, derive(seed, "folds"))
+        order = np.argsort(fold, kind="stable")
+        self.train, self.fold = train[order], torch.from_numpy(fold[order])
+        self.test = np.flatnonzero(splits == "test")
+        self.X = torch.from_numpy(np.ascontiguousarray(prepared.extraction.X[self.train]))
+        self.y = torch.from_numpy(prepared.dataset.labels[self.train])
+        weights, self.per_class = prepared.label_weights(self.train, class_weights)
+        self.weights = torch.from_numpy(weights)
+        self.X_test = torch.from_numpy(np.ascontiguousarray(prepared.extraction.X[self.test]))
+        self.y_test = torch.from_numpy(prepared.dataset.labels[self.test])
+
+    def bounds(self, fold: int) -> tuple[int, int]:
+        start, stop = torch.searchsorted(self.fold, torch.tensor([fold, fold + 1])).tolist()
+        return start, stop
+
+    def out_of_fold(self, method: Adapt, seed: int) -> Tensor:
+        """Logits of training rows from heads that saw neither them nor their near-duplicates.
+
+        Of all rows, or of the last fold's only when there are many.
+        """
+        held: list[Tensor] = []
+        for fold in [FOLDS - 1] if len(self.X) > ONE_FOLD_ABOVE else range(FOLDS):
+            start, stop = self.bounds(fold)
+            if start < stop:
+                X, y, weights = (without(rows, start, stop) for rows in (self.X, self.y, self.weights))
+                held.append(logits_of(method.fit_features(X, y, weights, seed), self.X[start:stop]))
+        return torch.cat(held)
+
+
+def without(rows: Tensor, start: int, stop: int) -> Tensor:
+    """All rows but [start, stop); a view when they are the last or the first."""
+    if stop == len(rows):
+        return rows[:start]
+    return rows[stop:] if start == 0 else torch.cat([rows[:start], rows[stop:]])
+
+
+@torch.inference_mode()
+def logits_of(head: nn.Module, X: Tensor, chunk: int = 4096) -> Tensor:
+    head.eval()
+    return torch.cat([head(X[start : start + chunk]) for start in range(0, len(X), chunk)]).clone()
+
+
+def check_suits(method: Any, prepared: Prepared) -> Adapt:
+    """The method, if it can work on this task and backbone.
+
+    Raises:
+        UsageError: it cannot; the message says which can.
+    """
+    task = prepared.dataset.task
+    if not isinstance(method, Adapt):
+        raise UsageError(f"{method.name} is a {method.spec.family} method: fit and compare take adapt methods")
+    if task not in method.spec.tasks:
+        raise UsageError(f"{method.name} does not do {task} data: choose a method that lists it in `foveal methods`")
+    return method
+
+
+def adapt_frozen(
+    method: Adapt, prepared: Prepared, rows: FrozenRows, seed: int, out_of_fold: Tensor | None = None
+) -> Adapted:
+    """Fit a head on frozen features, calibrated on out-of-fold logits."""
+    start = time.perf_counter()
+    inner = derive(seed, "fit")
+    logits = rows.out_of_fold(method, inner) if out_of_fold is None else out_of_fold
+    labels = rows.y[-len(logits) :]
+    head = method.fit_features(rows.X, rows.y, rows.weights, inner).eval()
+    temperature = fit_temperature(logits, labels, prepared.dataset.task)
+    seconds = time.perf_counter() - start
+    last = rows.bounds(FOLDS - 1)[0]
+    held = len(rows.X) - last
+    return Adapted(
+        method,
+        Classifier(prepared.backbone, head).eval(),
+        Known(rows.X[:last], rows.y[:last], logits[:-held]),
+        Known(rows.X[last:], rows.y[last:], logits[-held:]),
+        Known(rows.X_test, rows.y_test, logits_of(head, rows.X_test)),
+        (logits, labels),
+        temperature,
+        seconds,
+        sum(p.numel() for p in head.state_dict().values()),
+    )
+
+
+def adapt_trained(
+    method: Adapt,
+    prepared: Prepared,
+    splits: np.ndarray,
+    seed: int,
+    class_weights: str,
+    *,
+    device: str,
+    work: Path,
+    budget: float | None,
+    progress: Progress,
+) -> Adapted:
+    """Train through the backbone, calibrated on the validation split. Goes on from what `work` holds."""
+    from foveal.train.loop import predict_logits, train
+
+    begin = time.perf_counter()
+    seed_everything(derive(seed, "init"))
+    train_rows, val_rows = np.flatnonzero(splits == "train"), np.flatnonzero(splits == "val")
+    test_rows = np.flatnonzero(splits == "test")
+    labels = prepared.dataset.labels
+    _, per_class = prepared.label_weights(train_rows, class_weights)
+    model = method.attach(copy.deepcopy(prepared.backbone), len(prepared.dataset.classes))
+    trained_params = sum(p.numel() for _, p in trainable(model))
+    result = train(
+        method,
+        model,
+        prepared.dataset,
+        prepared.backbone.preprocessing,
+        labels,
+        train_rows,
+        val_rows,
+        torch.from_numpy(per_class),
+        seed,
+        recipe=method.recipe(),
+        device=device,
+        work=work,
+        budget_s=budget,
+        on_event=lambda event: report_event(event, method.name, progress),
+    )
+    seconds = time.perf_counter() - begin
+
+    def known(rows: np.ndarray) -> Known:
+        logits, features = predict_logits(
+            result.model, prepared.dataset, rows, prepared.backbone.preprocessing, device=device
+        )
+        return Known(features, torch.from_numpy(labels[rows]), logits)
+
+    fitted, held_out, test = known(train_rows), known(val_rows), known(test_rows)
+    calibration = (held_out.logits, held_out.labels)
+    temperature = fit_temperature(*calibration, prepared.dataset.task)
+    return Adapted(
+        method,
+        result.model.eval(),
+        fitted,
+        held_out,
+        test,
+        calibration,
+        temperature,
+        seconds,
+        trained_params,
+        result.history,
+    )
+
+
+def report_event(event: dict[str, Any], name: str, progress: Progress) -> None:
+    if "step" in event and "steps" in event:
+        progress.update(f"training {name}", event["step"], event["steps"])
+    if "message" in event:
+        progress.say(str(event["message"]))
+
+
+def adapt(
+    method: Adapt,
+    prepared: Prepared,
+    splits: np.ndarray,
+    rows: FrozenRows | None,
+    seed: int,
+    class_weights: str,
+    *,
+    device: str,
+    work: Path,
+    budget: float | None,
+    progress: Progress,
+) -> Adapted:
+    """Run one method on one split, whichever kind it is."""
+    if method.reads_features():
+        assert rows is not None
+        return adapt_frozen(method, prepared, rows, seed)
+    return adapt_trained(
+        method,
+        prepared,
+        splits,
+        seed,
+        class_weights,
+        device=device,
+        work=work,
+        budget=budget,
+        progress=progress,
+    )

@@ -1,0 +1,108 @@
+"""The rows of a comparison: kept as they come, so that a kill loses at most one; summed up; written."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foveal.core.bundle import atomic_folder, read_json, write_json
+from foveal.data.worlds import garbage
+from foveal.features.session import feature_session
+from foveal.verbs._adapt import Adapted, logits_of
+from foveal.verbs._prepare import Prepared
+from foveal.verbs._reference import REFERENCES
+
+TIMED = 64
+
+
+class Ledger:
+    """Finished rows in a folder, one line each; rows of another request are dropped."""
+
+    def __init__(self, folder: Path, request: dict[str, Any]) -> None:
+        self.folder = folder
+        asked = folder / "request.json"
+        try:
+            same = read_json(asked) == request
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_json(asked, request)
+        self.file = folder / "rows.jsonl"
+        self.found: dict[tuple[str, int], dict[str, Any]] = {}
+        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            self.found[row["method"], row["seed"]] = row
+
+    def has(self, method: str, seed: int) -> bool:
+        return (method, seed) in self.found
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.found[row["method"], row["seed"]] = row
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def rows(self, methods: Iterable[str], seeds: range) -> list[dict[str, Any]]:
+        return [self.found[method, seed] for method in methods for seed in seeds]
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per method: means over seeds, and the standard deviation of each as `<metric>_std`."""
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    made: list[dict[str, Any]] = []
+    for name in names:
+        own = [row for row in rows if row["method"] == name]
+        summary: dict[str, Any] = {"method": name, "seeds": len(own)}
+        for key in own[0].keys() - {"method", "seed", "split"}:
+            values = [row[key] for row in own if row[key] is not None]
+            whole = key.endswith("_params")
+            summary[key] = (
+                None if not values else round(statistics.fmean(values)) if whole else statistics.fmean(values)
+            )
+            if key in ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"):
+                summary[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        made.append(summary)
+    return sorted(made, key=lambda row: (row["method"] in REFERENCES, -(row["balanced_accuracy"] or -math.inf)))
+
+
+def images_per_second(adapted: Adapted, prepared: Prepared, device: str) -> float:
+    """Measured now: decoded images through the model, as `foveal predict` runs it."""
+    from foveal.ship.bundle import eager
+
+    preprocessing = prepared.backbone.preprocessing
+    pixels = garbage(TIMED, preprocessing.size, 0)
+    if adapted.method.reads_features():
+        session = feature_session(prepared.backbone, device=device)
+        run = lambda: logits_of(adapted.classifier.head, torch.from_numpy(session(pixels)))  # noqa: E731
+    else:
+        run = lambda: eager(adapted.classifier, pixels, preprocessing, device)  # noqa: E731
+    run()
+    start = time.perf_counter()
+    run()
+    return round(TIMED / (time.perf_counter() - start), 1)
+
+
+def write_tables(out: Path, content: dict[str, Any]) -> None:
+    """comparison.json, comparison.csv and comparison.html, all or none."""
+    from foveal.evaluate.report import write_comparison
+
+    with atomic_folder(out) as folder:
+        write_json(folder / "comparison.json", content)
+        with (folder / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(content["rows"][0]))
+            writer.writeheader()
+            writer.writerows(content["rows"])
+        write_comparison(folder / "comparison.html", summarise(content["rows"]), content)

@@ -1,0 +1,47 @@
+"""The data check, with out-of-fold probabilities of a quick frozen-feature method where there are enough labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from foveal.core import catalogue
+from foveal.core.errors import DataError
+from foveal.core.seeds import derive
+from foveal.data.checks import check
+from foveal.verbs._adapt import FrozenRows
+from foveal.verbs._prepare import Prepared
+
+QUICK = {"single-label": "gda-clip", "multi-label": "linear"}
+
+
+def out_of_fold_probabilities(prepared: Prepared, seed: int) -> np.ndarray | None:
+    """Probabilities [n, C] from models that did not see the image; None where labels are too few for folds."""
+    everything = np.full(len(prepared.dataset), "train")
+    try:
+        rows = FrozenRows(prepared, everything, seed, "auto")
+    except DataError:
+        return None
+    task = prepared.dataset.task
+    logits = rows.out_of_fold(catalogue.create(QUICK[task]), derive(seed, "fit"))
+    probabilities = np.full((len(prepared.dataset), logits.shape[1]), np.nan, np.float32)
+    probabilities[rows.train[-len(logits) :]] = (
+        logits.softmax(1) if task == "single-label" else logits.sigmoid()
+    ).numpy()
+    return probabilities
+
+
+def find(prepared: Prepared, seed: int, probabilities: np.ndarray | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Findings by kind; kinds with none are left out."""
+    if probabilities is None:
+        probabilities = out_of_fold_probabilities(prepared, seed)
+    found = check(
+        prepared.dataset,
+        prepared.extraction.scan,
+        prepared.groups,
+        X=prepared.extraction.X,
+        probabilities=probabilities,
+        splits=prepared.dataset.splits,
+    )
+    return {kind: items for kind, items in found.items() if items}
