@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from foveal.core.bundle import FORMAT, atomic_folder, open_bundle, seal, write_json
 from foveal.core.errors import BundleError, FovealError
 

@@ -1,4 +1,5 @@
 import pytest
+
 from foveal.core.cards import holds
 from foveal.core.errors import UsageError
 

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+
 from foveal.core import catalogue
 from foveal.core.errors import UsageError
 

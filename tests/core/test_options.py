@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+
 from foveal.core.errors import UsageError
 from foveal.core.options import describe_options, option, options, options_to_dict, parse_options, split_choice
 

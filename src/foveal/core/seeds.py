@@ -6,11 +6,12 @@ import hashlib
 import random
 
 import numpy as np
-import torch
 
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (all devices) with one number."""
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveal.backbones.adapter import rebuild_backbone
 from foveal.core import catalogue
@@ -23,8 +23,8 @@ from foveal.core.options import parse_options
 from foveal.core.preprocessing import Preprocessing
 from foveal.data.dataset import Dataset
 from foveal.data.open import open_images
-from foveal.evaluate import ood
 from foveal.evaluate.calibration import Calibrated
+from foveal.evaluate.ood import empty_score
 from foveal.features.extract import extract, read_pixels
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class Bundle:
                 classifier = Classifier(backbone, self.method.head(part(shapes, "classifier.head.")))
             else:
                 classifier = self.method.finish(self.method.attach(backbone, len(self.classes)))
-            score = ood.empty(self.calibration["unknown"]["name"], part(shapes, "ood."))
+            score = empty_score(self.calibration["unknown"]["name"], part(shapes, "ood."))
             model = Calibrated(classifier, self.calibration["temperature"]["value"], score, self.task)
             model.load_state_dict(load_file(weights))
         except (SafetensorError, RuntimeError, KeyError) as error:
@@ -182,7 +182,7 @@ class Bundle:
         if self.method.reads_features():
             found = extract(dataset, self.model.classifier.backbone, device=device, progress=progress)
             chunks = (
-                self.model.from_features(torch.from_numpy(np.ascontiguousarray(found.X[start : start + 1024])))
+                self.judge(torch.from_numpy(np.ascontiguousarray(found.X[start : start + 1024])))
                 for start in range(0, len(dataset), 1024)
             )
             probabilities, scores = stack(chunks)

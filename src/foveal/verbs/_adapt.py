@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from foveal.core.errors import UsageError
-from foveal.core.method import Adapt, Classifier, trainable
+from foveal.core.method import Adapt, Classifier, Task, trainable
 from foveal.core.progress import Progress
 from foveal.core.seeds import derive, seed_everything
 from foveal.data.split import folds
-from foveal.evaluate.calibration import fit_temperature
+from foveal.evaluate.calibration import fit_temperature, to_probabilities
+from foveal.evaluate.metrics import measure
 from foveal.verbs._prepare import Prepared
 
+METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
 FOLDS = 5
 ONE_FOLD_ABOVE = 20_000
 """With more training images than this, one held-out fold replaces all five: enough to calibrate on, no copy of X."""
@@ -38,20 +40,24 @@ class Known:
 class Adapted:
     """What a method made of one split.
 
-    `fitted` and `held_out` share no image: the score for unknown images is fitted on one, its threshold on the other.
-    `calibration` is logits and labels of images that the model behind those logits never saw.
+    The logits of `held_out` are of models that never saw those images; temperature and unknown threshold come from
+    them. Out of fold, `held_out` may be `fitted` itself.
     """
 
     method: Adapt
     classifier: Classifier
     fitted: Known
     held_out: Known
+    held_out_name: str
     test: Known
-    calibration: tuple[Tensor, Tensor]
     temperature: float
     seconds: float
     trained_params: int
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    def probabilities(self, known: Known, task: Task) -> np.ndarray:
+        """Calibrated probabilities [n, C]."""
+        return to_probabilities(known.logits.numpy(), task, self.temperature)
 
     @property
     def total_params(self) -> int:
@@ -108,6 +114,12 @@ def logits_of(head: nn.Module, X: Tensor, chunk: int = 4096) -> Tensor:
     return torch.cat([head(X[start : start + chunk]) for start in range(0, len(X), chunk)]).clone()
 
 
+def points(probabilities: np.ndarray, labels: np.ndarray, prepared: Prepared) -> dict[str, float | None]:
+    """The metrics without intervals."""
+    measured = measure(probabilities, labels, prepared.dataset.classes, prepared.dataset.task, resamples=0)
+    return {name: measured[name]["value"] for name in METRICS}
+
+
 def check_suits(method: Any, prepared: Prepared) -> Adapt:
     """The method, if it can work on this task and backbone.
 
@@ -129,21 +141,21 @@ def adapt_frozen(
     start = time.perf_counter()
     inner = derive(seed, "fit")
     logits = rows.out_of_fold(method, inner) if out_of_fold is None else out_of_fold
-    labels = rows.y[-len(logits) :]
     head = method.fit_features(rows.X, rows.y, rows.weights, inner).eval()
-    temperature = fit_temperature(logits, labels, prepared.dataset.task)
-    seconds = time.perf_counter() - start
-    last = rows.bounds(FOLDS - 1)[0]
-    held = len(rows.X) - last
+    held = slice(len(rows.X) - len(logits), None)
+    held_out = Known(rows.X[held], rows.y[held], logits)
+    whole = len(logits) == len(rows.X)
+    fitted = held_out if whole else Known(rows.X[: held.start], rows.y[: held.start], logits[:0])
+    temperature = fit_temperature(logits.numpy(), held_out.labels.numpy(), prepared.dataset.task)
     return Adapted(
         method,
         Classifier(prepared.backbone, head).eval(),
-        Known(rows.X[:last], rows.y[:last], logits[:-held]),
-        Known(rows.X[last:], rows.y[last:], logits[-held:]),
+        fitted,
+        held_out,
+        "training images, out of fold" if whole else "one fold of the training images",
         Known(rows.X_test, rows.y_test, logits_of(head, rows.X_test)),
-        (logits, labels),
         temperature,
-        seconds,
+        time.perf_counter() - start,
         sum(p.numel() for p in head.state_dict().values()),
     )
 
@@ -196,15 +208,14 @@ def adapt_trained(
         return Known(features, torch.from_numpy(labels[rows]), logits)
 
     fitted, held_out, test = known(train_rows), known(val_rows), known(test_rows)
-    calibration = (held_out.logits, held_out.labels)
-    temperature = fit_temperature(*calibration, prepared.dataset.task)
+    temperature = fit_temperature(held_out.logits.numpy(), held_out.labels.numpy(), prepared.dataset.task)
     return Adapted(
         method,
         result.model.eval(),
         fitted,
         held_out,
+        "validation images",
         test,
-        calibration,
         temperature,
         seconds,
         trained_params,

@@ -10,6 +10,7 @@ from foveal.core import catalogue
 from foveal.core.errors import DataError
 from foveal.core.seeds import derive
 from foveal.data.checks import check
+from foveal.evaluate.calibration import to_probabilities
 from foveal.verbs._adapt import FrozenRows
 from foveal.verbs._prepare import Prepared
 
@@ -26,9 +27,7 @@ def out_of_fold_probabilities(prepared: Prepared, seed: int) -> np.ndarray | Non
     task = prepared.dataset.task
     logits = rows.out_of_fold(catalogue.create(QUICK[task]), derive(seed, "fit"))
     probabilities = np.full((len(prepared.dataset), logits.shape[1]), np.nan, np.float32)
-    probabilities[rows.train[-len(logits) :]] = (
-        logits.softmax(1) if task == "single-label" else logits.sigmoid()
-    ).numpy()
+    probabilities[rows.train[-len(logits) :]] = to_probabilities(logits.numpy(), task)
     return probabilities
 
 

@@ -11,8 +11,8 @@ from foveal.core import catalogue
 from foveal.core.method import Adapt
 from foveal.core.progress import Progress
 from foveal.core.seeds import derive
-from foveal.evaluate.metrics import point_metrics
-from foveal.verbs._adapt import Adapted, FrozenRows, adapt_frozen
+from foveal.evaluate.calibration import to_probabilities
+from foveal.verbs._adapt import Adapted, FrozenRows, adapt_frozen, points
 from foveal.verbs._prepare import Prepared
 
 
@@ -31,7 +31,7 @@ def race(prepared: Prepared, rows: FrozenRows, seed: int, progress: Progress) ->
 
     Ties go to the quicker. Returns the winner, fitted on the whole training split, and a row per method.
     """
-    task, classes = prepared.dataset.task, prepared.dataset.classes
+    task = prepared.dataset.task
     contest: list[dict[str, Any]] = []
     logits: dict[str, Tensor] = {}
     entrants = frozen_methods(task)
@@ -39,12 +39,11 @@ def race(prepared: Prepared, rows: FrozenRows, seed: int, progress: Progress) ->
         progress.update("racing methods", done, len(entrants))
         start = time.perf_counter()
         logits[name] = rows.out_of_fold(catalogue.create(name), derive(seed, "fit"))
-        probabilities = logits[name].softmax(1) if task == "single-label" else logits[name].sigmoid()
-        labels = rows.y[-len(logits[name]) :]
-        points = point_metrics(probabilities.numpy(), labels.numpy(), classes, task)
-        contest.append({"method": name, **points, "seconds": time.perf_counter() - start})
+        labels = rows.y[-len(logits[name]) :].numpy()
+        measured = points(to_probabilities(logits[name].numpy(), task), labels, prepared)
+        contest.append({"method": name, **measured, "seconds": time.perf_counter() - start})
     progress.update("racing methods", len(entrants), len(entrants))
-    contest.sort(key=lambda row: (-row["balanced_accuracy"], row["seconds"]))
+    contest.sort(key=lambda row: (-(row["balanced_accuracy"] or 0.0), row["seconds"]))
     winner = contest[0]["method"]
     return adapt_frozen(catalogue.create(winner), prepared, rows, seed, logits[winner]), contest
 

@@ -7,6 +7,7 @@ import torch
 
 from foveal.core import catalogue
 from foveal.core.seeds import derive
+from foveal.evaluate.calibration import to_probabilities
 from foveal.verbs._adapt import logits_of
 from foveal.verbs._prepare import Prepared
 
@@ -32,9 +33,7 @@ def reference_probabilities(
     head = catalogue.create("linear").fit_features(  # type: ignore[attr-defined]
         X[train], torch.from_numpy(labels[train]), torch.from_numpy(weights), derive(seed, "fit")
     )
-    logits = logits_of(head, X[test])
-    brightness = logits.softmax(1) if task == "single-label" else logits.sigmoid()
     return {
         "majority": np.tile(frequency.astype(np.float32), (len(test), 1)),
-        "brightness": brightness.numpy(),
+        "brightness": to_probabilities(logits_of(head, X[test]).numpy(), task),
     }

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from foveal.verbs._adapt import Adapted
     from foveal.verbs._prepare import Prepared
 
-METRICS = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
-
 
 def compare(
     data: DataArgument,
@@ -133,18 +131,15 @@ def split_methods(text: str) -> list[str]:
 
 
 def row(name: str, seed: int, adapted: Adapted, prepared: Prepared, device: str) -> dict[str, Any]:
-    from foveal.evaluate.metrics import point_metrics
+    from foveal.verbs._adapt import points
     from foveal.verbs._compared import images_per_second
 
-    task = prepared.dataset.task
-    scaled = adapted.test.logits / adapted.temperature
-    probabilities = scaled.softmax(1) if task == "single-label" else scaled.sigmoid()
-    points = point_metrics(probabilities.numpy(), adapted.test.labels.numpy(), prepared.dataset.classes, task)
+    probabilities = adapted.probabilities(adapted.test, prepared.dataset.task)
     return {
         "method": name,
         "seed": seed,
         "split": "test",
-        **{metric: points[metric] for metric in METRICS},
+        **points(probabilities, adapted.test.labels.numpy(), prepared),
         "seconds": round(adapted.seconds, 3),
         "trained_params": adapted.trained_params,
         "total_params": adapted.total_params,
@@ -155,16 +150,15 @@ def row(name: str, seed: int, adapted: Adapted, prepared: Prepared, device: str)
 def reference_row(
     name: str, seed: int, probabilities: np.ndarray, labels: np.ndarray, prepared: Prepared
 ) -> dict[str, Any]:
-    from foveal.evaluate.metrics import point_metrics
+    from foveal.verbs._adapt import points
 
-    points = point_metrics(probabilities, labels, prepared.dataset.classes, prepared.dataset.task)
-    metrics = {metric: points[metric] for metric in METRICS}
     cost = dict.fromkeys(("seconds", "trained_params", "total_params", "images_per_second"))
-    return {"method": name, "seed": seed, "split": "test", **metrics, **cost}
+    return {"method": name, "seed": seed, "split": "test", **points(probabilities, labels, prepared), **cost}
 
 
 def text(rows: list[dict[str, Any]]) -> str:
     """Means over seeds, best first, references last."""
+    from foveal.verbs._adapt import METRICS
     from foveal.verbs._compared import summarise
 
     columns = ["method", "seeds", *METRICS, "seconds", "trained_params", "total_params", "images_per_second"]
