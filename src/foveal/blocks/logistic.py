@@ -230,6 +230,7 @@ def choose_c(X: Tensor, y: Tensor, weights: Tensor, classes: int, scaling: Scali
             scaling,
             start=theta[:, -1:].expand(-1, len(strengths), -1, -1).reshape(P, K, -1),
             tolerance=5e-3,
+            iterations=15,
         )
         theta, z = theta.view(folds, len(strengths), K, -1), z.view(folds, len(strengths), K, n)
         unseen = (z * held[:, None, None]).sum(0)

@@ -22,11 +22,12 @@ def chunks(rows: int, size: int = CHUNK) -> Iterator[slice]:
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
-def check_rows(X: Tensor, y: Tensor, weights: Tensor) -> int:
+def check_rows(X: Tensor, y: Tensor, weights: Tensor, several: bool = True) -> int:
     """Number of classes of features X [n, D] with labels y [n] or [n, C] and weights [n].
 
     Raises:
-        DataError: shapes disagree, a value is not finite, a weight is not positive, or a class has no image.
+        DataError: shapes disagree, a value is not finite, a weight is not positive, a class has no image, or
+            images have several labels and `several` is False.
     """
     if X.ndim != 2 or not len(X) or len(y) != len(X) or weights.shape != (len(X),):
         raise DataError(
@@ -38,6 +39,8 @@ def check_rows(X: Tensor, y: Tensor, weights: Tensor) -> int:
     if not bool((weights > 0).all()):
         raise DataError("weights must be positive, one per image")
     if y.ndim == 2:
+        if not several:
+            raise DataError("several labels per image: this method takes one; use linear or nn-revisit")
         return y.shape[1]
     if int(y.min()) < 0:
         raise DataError(f"labels must be 0, 1, ... but the smallest is {int(y.min())}")
