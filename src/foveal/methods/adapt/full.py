@@ -1,0 +1,85 @@
+"""Full fine-tuning: every weight of the backbone learns, batch statistics included. The baseline of all adapters.
+
+A fresh linear layer is put on the backbone and both minimise the class-weighted cross-entropy,
+
+    min_theta,W,b  mean_i w_i loss(W f_theta(x_i) + b, y_i),
+
+by AdamW with a short linear warm-up and a cosine. Two rates are used: the pretrained weights move at `lr`, the
+fresh layer at `head_lr_multiplier` times that, because it starts from nothing and they do not. The layer starts at
+zero, so that the first steps send no random gradient into the backbone. Weight decay pulls on matrices and filters
+only, never on biases and norms. There is no paper of its own; the recipe is common practice for transfer from
+ImageNet (Kornblith, Shlens and Le 2019, arXiv 1805.08974, compare it with frozen features).
+
+It needs labels and gradients through the backbone, on any architecture, with one or several labels per image.
+
+When not to use it: with fewer than a few hundred images (frozen features with `linear` or `gda-clip` are as good
+and take seconds); when many tasks share one backbone in memory (each task stores all weights: prefer `lora` or
+`vpt`); when the backbone must keep what else it knows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from foveal.core.method import Adapt, Classifier, Recipe, Spec, method, trainable
+from foveal.core.options import option, options
+
+
+def zero_linear(width: int, classes: int) -> nn.Linear:
+    """A linear layer [B, width] -> [B, classes] that starts with the same probability for every class."""
+    layer = nn.Linear(width, classes)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@options
+class Options:
+    """What `full` can be told."""
+
+    epochs: int = option(8, "passes over the training images", ge=1, le=10_000)
+    lr: float = option(5e-4, "learning rate of the backbone", gt=0, le=1)
+    head_lr_multiplier: float = option(5.0, "how many times faster the new last layer learns", gt=0, le=1000)
+    batch_size: int = option(32, "images per step", ge=2, le=65536)
+    weight_decay: float = option(0.05, "pull of matrices and filters towards zero", ge=0, le=10)
+    augment: Literal["none", "light", "strong"] = option("light", "random crops and mirror images")
+    label_smoothing: float = option(0.0, "share of each label that is spread over all classes", ge=0, lt=1)
+
+
+@method(
+    Spec(
+        family="adapt",
+        title="Full fine-tuning",
+        year=2019,
+        arxiv=None,
+        needs=frozenset({"labels", "gradients"}),
+        tasks=("single-label", "multi-label"),
+    ),
+    Options,
+)
+class Full(Adapt):
+    def attach(self, backbone: Any, classes: int) -> Classifier:
+        return Classifier(backbone.requires_grad_(True), zero_linear(backbone.width, classes))
+
+    def recipe(self) -> Recipe:
+        chosen: Options = self.options
+        return Recipe(
+            epochs=chosen.epochs,
+            batch_size=chosen.batch_size,
+            lr=chosen.lr,
+            weight_decay=chosen.weight_decay,
+            augment=chosen.augment,
+            label_smoothing=chosen.label_smoothing,
+        )
+
+    def parameter_groups(self, model: Classifier, recipe: Recipe) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = []
+        for fresh in (False, True):
+            rate = recipe.lr * (self.options.head_lr_multiplier if fresh else 1.0)
+            own = [p for name, p in trainable(model) if name.startswith("head.") == fresh]
+            for vectors in (False, True):
+                chosen = [p for p in own if (p.ndim <= 1) == vectors]
+                groups.append({"params": chosen, "lr": rate, "weight_decay": 0.0 if vectors else recipe.weight_decay})
+        return [group for group in groups if group["params"]]

@@ -1,0 +1,402 @@
+"""The only training loop. Accelerate underneath; resumes bit by bit from any kill.
+
+Whatever is random in step n follows from (seed, n): order and augmentation through NumPy generators, dropout and
+drop-path through torch's, seeded anew before each step. A checkpoint is tensors and step numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from foveal.backbones.adapter import normalise
+from foveal.core.errors import FovealError, UsageError
+from foveal.core.method import Adapt, Classifier, Recipe, classification_loss
+from foveal.core.options import options_to_dict
+from foveal.core.preprocessing import Preprocessing
+from foveal.core.seeds import derive, generator
+from foveal.data.dataset import Dataset
+from foveal.data.images import to_pixels
+from foveal.train import checkpoint
+from foveal.train.batches import ahead, augment, epoch_batches, stacked
+from foveal.train.events import Event, Listener, TrainResult, balanced_accuracy, silent
+from foveal.train.optim import make_optimizer, rate, set_rate
+
+SAVE_EVERY_S = 20.0
+WORKERS = min(8, os.cpu_count() or 1)
+OUT_OF_MEMORY = (torch.cuda.OutOfMemoryError, MemoryError)
+
+
+@dataclass
+class Position:
+    """Where training stands; the JSON part of a checkpoint."""
+
+    signature: str
+    step: int = 0
+    elapsed: float = 0.0
+    micro: int = 0
+    """Images per forward pass; smaller than the recipe's batch when that did not fit into memory."""
+    loss_sum: float = 0.0
+    """Of the running epoch, weighted by images."""
+    seen: int = 0
+    history: list[Event] = field(default_factory=list)
+
+
+def train(
+    method: Adapt,
+    model: Classifier,
+    dataset: Dataset,
+    preprocessing: Preprocessing,
+    labels: np.ndarray,
+    indices_train: np.ndarray,
+    indices_val: np.ndarray,
+    class_weights: Tensor,
+    seed: int,
+    *,
+    recipe: Recipe,
+    device: str = "auto",
+    work: Path,
+    budget_s: float | None = None,
+    on_event: Listener = silent,
+) -> TrainResult:
+    """Train what a method attached, from where `work` left off.
+
+    The weights after the last step are kept: neither validation nor test data choose among epochs. With a budget,
+    training ends after the step in which it ran out; seconds spent before a kill count.
+
+    Args:
+        method: gives parameter groups, loss, and what to do after a step and at the end.
+        model: belongs to the loop from here on; trained in place.
+        labels: of all images of `dataset`: int64 [n], or uint8 [n, C] of 0 and 1.
+        indices_train, indices_val: rows of `dataset` to learn from, and to measure after each epoch (may be empty).
+        class_weights: [C], float32.
+        seed: rules order, augmentation and dropout. Equal calls give equal weights on one machine.
+        device: 'auto', 'cpu' or 'cuda'.
+        work: folder of the checkpoint. The same call with the same folder goes on after a kill and ends with the
+            same bits; a checkpoint of another call is told by an event and replaced.
+        budget_s: seconds, or None for all epochs.
+
+    Raises:
+        FovealError: the loss is not finite, one image alone does not fit into memory, or `work` cannot be written.
+        UsageError: nothing to train on, nothing to train, or no such device.
+    """
+    if len(indices_train) == 0:
+        raise UsageError(f"{method.name} got no training images: expected at least one per class")
+    accelerator = Accelerator(device_placement=False)
+    target = choose_device(device, accelerator)
+    place(model, target)
+    optimizer = make_optimizer(checked_groups(method, model, recipe), recipe)
+    position = Position(signature_of(method, model, dataset, labels, indices_train, class_weights, seed, recipe))
+    found = checkpoint.load(work, position.signature, model, optimizer)
+    if isinstance(found, dict):
+        position = Position(**found)
+    elif found:
+        on_event({"event": "message", "message": found})
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    state = Run(
+        method, model, wrapped, prepared, accelerator, target, dataset, preprocessing, labels,
+        indices_train, indices_val, class_weights.to(target), seed, recipe, work, budget_s, on_event, position,
+    )  # fmt: skip
+    devices = [target.index or 0] if target.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        stopped = state.go()
+    accelerator.wait_for_everyone()
+    finished = method.finish(model).to("cpu").eval()
+    steps = state.steps_per_epoch
+    return TrainResult(finished, state.history, position.step / steps, stopped)
+
+
+@dataclass
+class Run:
+    """One call of `train`, taken apart into steps."""
+
+    method: Adapt
+    model: Classifier
+    wrapped: Any
+    """The model as Accelerate prepared it: itself, or wrapped for several processes."""
+    optimizer: Any
+    accelerator: Accelerator
+    device: torch.device
+    dataset: Dataset
+    preprocessing: Preprocessing
+    labels: np.ndarray
+    rows: np.ndarray
+    rows_val: np.ndarray
+    class_weights: Tensor
+    seed: int
+    recipe: Recipe
+    work: Path
+    budget_s: float | None
+    on_event: Listener
+    position: Position
+
+    def __post_init__(self) -> None:
+        self.history = list(self.position.history)
+        self.position.micro = self.position.micro or self.recipe.batch_size
+        self.steps_per_epoch = len(epoch_batches(len(self.rows), self.recipe.batch_size, self.seed, 0))
+        self.steps = self.recipe.epochs * self.steps_per_epoch
+        self.precision = autocast_dtype(self.device, self.model)
+        self.begun = time.monotonic() - self.position.elapsed
+        self.saved_at = self.stepped_at = time.monotonic()
+
+    def go(self) -> bool:
+        """All remaining steps. Returns whether the budget ended them early."""
+        while self.position.step < self.steps:
+            for batch in self.epoch():
+                if self.position.step and self.out_of_time():
+                    self.save()
+                    if self.position.seen:
+                        self.measure(self.position.step / self.steps_per_epoch)
+                    return True
+                self.train_step(batch)
+                if self.position.step % self.steps_per_epoch == 0:
+                    self.end_epoch()
+                elif time.monotonic() - self.saved_at > SAVE_EVERY_S:
+                    self.save()
+        return False
+
+    def epoch(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(pixels uint8 [b, S, S, 3], rows [b]) of each step left in the running epoch; b is this process's share."""
+        number, done = divmod(self.position.step, self.steps_per_epoch)
+        batches = epoch_batches(len(self.rows), self.recipe.batch_size, self.seed, number)[done:]
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = [self.rows[np.resize(batch, max(len(batch), world))[rank::world]] for batch in batches]
+
+        def view(row: int) -> np.ndarray:
+            rng = generator(self.seed, "augment", number, row)
+            return augment(self.dataset.image(row), self.preprocessing, self.recipe.augment, rng)
+
+        with ThreadPoolExecutor(WORKERS) as pool:
+            views = ahead(view, (int(row) for batch in mine for row in batch), pool, 2 * self.recipe.batch_size)
+            yield from zip(stacked(views, [len(batch) for batch in mine]), mine, strict=True)
+
+    def train_step(self, batch: tuple[np.ndarray, np.ndarray]) -> None:
+        pixels = torch.from_numpy(batch[0])
+        share = rate(self.position.step, self.steps, self.recipe.warmup)
+        lr = set_rate(self.optimizer, share)
+        self.wrapped.train()
+        while True:
+            try:
+                loss = self.accumulate(pixels, self.labels[batch[1]])
+                break
+            except OUT_OF_MEMORY as error:
+                self.back_off(error)
+        if not math.isfinite(loss):
+            raise FovealError(
+                f"the loss of {self.method.name} became {loss} at step {self.position.step + 1} of {self.steps}, "
+                f"expected a finite number: try a lower lr than {self.recipe.lr:g}"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.position.step += 1
+        self.method.after_step(self.model, self.position.step)
+        self.position.loss_sum += loss * len(pixels)
+        self.position.seen += len(pixels)
+        now = time.monotonic()
+        speed = len(pixels) * self.accelerator.num_processes / (now - self.stepped_at)
+        self.stepped_at = now
+        self.on_event(
+            {
+                "event": "step",
+                "step": self.position.step,
+                "steps": self.steps,
+                "epoch": (self.position.step - 1) // self.steps_per_epoch + 1,
+                "loss": loss,
+                "lr": lr,
+                "images_per_second": speed,
+            }
+        )
+
+    def accumulate(self, pixels: Tensor, labels: np.ndarray) -> float:
+        """Gradients of one batch, in as many passes as memory asks for. Returns its mean loss."""
+        torch.manual_seed(derive(self.seed, "step", self.position.step, self.accelerator.process_index))
+        parts = max(1, math.ceil(len(pixels) / self.position.micro))
+        total = 0.0
+        for number, (some, answers) in enumerate(
+            zip(pixels.tensor_split(parts), torch.from_numpy(labels).tensor_split(parts), strict=True), start=1
+        ):
+            images = normalise(some.to(self.device, non_blocking=True), self.preprocessing)
+            answers = answers.to(self.device)
+            batch = {"images": images, "labels": answers, "class_weights": self.class_weights}
+            share = len(some) / len(pixels)
+            with self.accelerator.no_sync(self.wrapped) if number < parts else nullcontext():
+                with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+                    loss = self.method.loss(self.wrapped, batch)["loss"]
+                self.accelerator.backward(loss * share)
+            total += float(loss.detach()) * share
+        return total
+
+    def back_off(self, error: BaseException) -> None:
+        """Halve the images per pass; the batch of an optimiser step stays the recipe's."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if self.position.micro == 1:
+            raise FovealError(
+                f"one image of {self.preprocessing.size} pixels does not fit into the memory of {self.device}: "
+                "choose a smaller backbone or --device cpu"
+            ) from error
+        self.position.micro = math.ceil(self.position.micro / 2)
+        told = f"out of memory: going on with {self.position.micro} images at a time, same batch per step"
+        self.on_event({"event": "message", "message": told})
+
+    def end_epoch(self) -> None:
+        record = self.measure(self.position.step // self.steps_per_epoch)
+        self.position.history.append(record)
+        self.position.loss_sum, self.position.seen = 0.0, 0
+        self.save()
+
+    def measure(self, epoch: float) -> Event:
+        """Validate, and tell what an epoch (or the part of one that a budget left) came to."""
+        self.model.eval()
+        record: Event = {
+            "event": "epoch",
+            "epoch": epoch,
+            "step": self.position.step,
+            "train_loss": self.position.loss_sum / max(1, self.position.seen),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": time.monotonic() - self.begun,
+        }
+        if len(self.rows_val):
+            logits, _ = predict_logits(
+                self.model, self.dataset, self.rows_val, self.preprocessing, device=str(self.device)
+            )
+            labels = torch.from_numpy(self.labels[self.rows_val])
+            weights = {"labels": labels, "class_weights": self.class_weights.cpu()}
+            record["val_loss"] = float(classification_loss(logits, weights))
+            record["val_balanced_accuracy"] = balanced_accuracy(logits, labels)
+        self.history.append(record)
+        self.on_event(record)
+        return record
+
+    def save(self) -> None:
+        self.position.elapsed = time.monotonic() - self.begun
+        if self.accelerator.is_main_process:
+            checkpoint.save(self.work, self.model, self.optimizer, asdict(self.position))
+        self.saved_at = time.monotonic()
+
+    def out_of_time(self) -> bool:
+        """Whether the budget is spent, agreed on by all processes."""
+        if self.budget_s is None:
+            return False
+        spent = time.monotonic() - self.begun >= self.budget_s
+        if self.accelerator.num_processes == 1:
+            return spent
+        votes = self.accelerator.reduce(torch.tensor([float(spent)], device=self.device), "sum")
+        return bool(torch.as_tensor(votes).item() > 0)
+
+
+def checked_groups(method: Adapt, model: Classifier, recipe: Recipe) -> list[dict[str, Any]]:
+    groups = method.parameter_groups(model, recipe)
+    if not any(parameter.requires_grad for group in groups for parameter in group["params"]):
+        raise UsageError(f"{method.name} left no parameter to train")
+    return groups
+
+
+def signature_of(
+    method: Adapt,
+    model: Classifier,
+    dataset: Dataset,
+    labels: np.ndarray,
+    rows: np.ndarray,
+    class_weights: Tensor,
+    seed: int,
+    recipe: Recipe,
+) -> str:
+    """Hash of all that decides the trained weights. Budget, validation rows and device are left out."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr((method.name, options_to_dict(method.options), seed, asdict(recipe))).encode())
+    digest.update(repr([dataset.ids[int(row)] for row in rows]).encode())
+    digest.update(np.ascontiguousarray(labels[rows]).tobytes())
+    digest.update(class_weights.cpu().numpy().tobytes())
+    digest.update(checkpoint.frozen_digest(model).encode())
+    return digest.hexdigest()
+
+
+def choose_device(device: str, accelerator: Accelerator) -> torch.device:
+    """'auto', 'cpu' or 'cuda' -> the device of this process.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if device == "cpu":
+        return torch.device("cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError("device cuda was asked for, but torch finds no CUDA device: use --device cpu or auto")
+    if device != "auto" and not device.startswith("cuda"):
+        raise UsageError(f"device {device}: expected auto, cpu or cuda")
+    return accelerator.device
+
+
+def is_convnet(model: nn.Module) -> bool:
+    """Whether convolutions do a good part of the work, rather than one that cuts patches for a transformer."""
+    kinds = [type(module) for module in model.modules()]
+    return 4 * sum(issubclass(kind, nn.Conv2d) for kind in kinds) > sum(issubclass(kind, nn.Linear) for kind in kinds)
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model, in the memory format that is fastest for it: channels last for convolutions."""
+    model.to(device)
+    return model.to(memory_format=torch.channels_last) if is_convnet(model) else model  # pyright: ignore[reportCallIssue]
+
+
+def autocast_dtype(device: torch.device, model: nn.Module) -> torch.dtype | None:
+    """bfloat16 where it is faster than float32, else None.
+
+    On CPUs that multiply bfloat16 natively transformers gain; convolutions lose, since the backward pass of
+    depthwise ones has no fast bfloat16 form.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+    abilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    native = bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
+    return torch.bfloat16 if native and not is_convnet(model) else None
+
+
+def predict_logits(
+    model: Classifier,
+    dataset: Dataset,
+    indices: np.ndarray,
+    preprocessing: Preprocessing,
+    *,
+    device: str = "auto",
+    batch: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Logits [n, C] and features [n, D], float32 on the CPU, of some images in order. Images stream through.
+
+    The model is moved to the device and, afterwards, back; it is in eval mode meanwhile.
+    """
+    target = choose_device(device, Accelerator(device_placement=False)) if device != "cpu" else torch.device("cpu")
+    home, training = next(iter(model.parameters())).device, model.training
+    place(model, target).eval()
+    sizes = [min(batch, len(indices) - start) for start in range(0, len(indices), batch)]
+    logits: list[Tensor] = []
+    features: list[Tensor] = []
+
+    def view(row: int) -> np.ndarray:
+        return to_pixels(dataset.image(row), preprocessing)
+
+    try:
+        with ThreadPoolExecutor(WORKERS) as pool, torch.inference_mode():
+            for pixels in stacked(ahead(view, map(int, indices), pool, 2 * batch), sizes):
+                read = model.features(normalise(torch.from_numpy(pixels).to(target), preprocessing))
+                features.append(read.float().cpu())
+                logits.append(model.head(read).float().cpu())
+    finally:
+        model.to(home).train(training)
+    if not logits:
+        raise UsageError("no images to predict: expected at least one")
+    return torch.cat(logits).clone(), torch.cat(features).clone()
