@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from foveal.backbones.adapter import rebuild_backbone
+from foveal.backbones.adapter import normalise, rebuild_backbone
 from foveal.core import catalogue
 from foveal.core.bundle import BundleFiles, open_bundle
 from foveal.core.errors import BundleError, DataError
@@ -25,12 +25,16 @@ from foveal.data.dataset import Dataset
 from foveal.data.open import open_images
 from foveal.evaluate.calibration import Calibrated
 from foveal.evaluate.ood import empty_score
-from foveal.features.extract import extract, read_pixels
+from foveal.features.extract import extract
+from foveal.features.session import pick_device
+from foveal.features.stream import stream_pixels
 
 if TYPE_CHECKING:
     from PIL import Image
 
+M = TypeVar("M", bound=nn.Module)
 TOP = 5
+CHUNK = 1024
 
 
 def save_weights(model: Calibrated, path: Path) -> None:
@@ -102,24 +106,25 @@ class Bundle:
     @cached_property
     def model(self) -> Calibrated:
         """The torch model: normalised images [B, 3, H, W] -> (probabilities [B, C], unknown score [B])."""
-        weights = self.path / "model.safetensors"
+        path = self.path / "model.safetensors"
         try:
-            with safe_open(weights, "pt") as file:
-                shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            backbone = rebuild_backbone(self.manifest["backbone"])
+            weights = load_file(path)
+            head, score = part(weights, "classifier.head."), part(weights, "ood.")
+            described, name = self.manifest["backbone"], self.calibration["unknown"]["name"]
             if self.method.reads_features():
-                classifier = Classifier(backbone, self.method.head(part(shapes, "classifier.head.")))
+                backbone = rebuild_backbone(described, part(weights, "classifier.backbone.model."))
+                classifier = Classifier(backbone, filled(self.method.head(shapes(head)), head))
             else:
-                classifier = self.method.finish(self.method.attach(backbone, len(self.classes)))
-            score = empty_score(self.calibration["unknown"]["name"], part(shapes, "ood."))
-            model = Calibrated(classifier, self.calibration["temperature"]["value"], score, self.task)
-            model.load_state_dict(load_file(weights))
+                attached = self.method.attach(rebuild_backbone(described), len(self.classes))
+                classifier = filled(self.method.finish(attached), part(weights, "classifier."))
+            unknown = filled(empty_score(name, shapes(score)), score)
+            return Calibrated(classifier, float(weights["temperature"]), unknown, self.task).eval()
         except (SafetensorError, RuntimeError, KeyError) as error:
             reason = str(error).replace("\n", " ")
             raise BundleError(
-                f"the weights of Bundle {self.path} do not fit its bundle.json ({reason}): restore the folder or fit again"
+                f"the weights of Bundle {self.path} do not fit its bundle.json ({reason}): "
+                "restore the folder or fit again"
             ) from None
-        return model.eval()
 
     def to_dict(self) -> dict[str, Any]:
         return {"bundle": str(self.path), "metrics": self.metrics, "cost": self.cost}
@@ -147,9 +152,8 @@ class Bundle:
         Raises:
             DataError: no image, or none that can be decoded.
         """
-        dataset = open_images(
-            [images] if isinstance(images, str | Path | np.ndarray) or hasattr(images, "size") else images
-        )
+        single = isinstance(images, str | Path | np.ndarray) or hasattr(images, "getbands")
+        dataset = open_images([images] if single else list(images))  # type: ignore[list-item]
         probabilities, scores, errors = self.infer(dataset, device=device, progress=progress)
         if len(errors) == len(dataset):
             raise DataError(f"none of the {len(dataset)} images can be decoded ({dataset.ids[0]}: {errors[0]})")
@@ -179,35 +183,40 @@ class Bundle:
         self, dataset: Dataset, *, device: str = "auto", progress: Callable[[int, int], None] | None = None
     ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
         """Probabilities [n, C], unknown scores [n], and the reason for each row that could not be decoded."""
+        errors: dict[int, str] = {}
+        n = len(dataset)
+        probabilities = np.full((n, len(self.classes)), np.nan, np.float32)
+        scores = np.full(n, np.nan, np.float32)
         if self.method.reads_features():
             found = extract(dataset, self.model.classifier.backbone, device=device, progress=progress)
-            chunks = (
-                self.judge(torch.from_numpy(np.ascontiguousarray(found.X[start : start + 1024])))
-                for start in range(0, len(dataset), 1024)
-            )
-            probabilities, scores = stack(chunks)
-            return probabilities, scores, found.errors
-        from foveal.train.loop import pick_device
-
+            errors = found.errors
+            for start in range(0, n, CHUNK):
+                rows = slice(start, start + CHUNK)
+                features = torch.from_numpy(found.X[rows])
+                answers = self.model.judge(features, self.model.classifier.head(features))
+                probabilities[rows], scores[rows] = (answer.numpy() for answer in answers)
+            return probabilities, scores, errors
         target = pick_device(device)
         model = self.model.to(target)
-        errors: dict[int, str] = {}
-        outputs: list[tuple[Tensor, Tensor]] = []
-        for done, pixels in read_pixels(dataset, self.preprocessing, errors):
-            outputs.append(model.from_pixels(torch.from_numpy(pixels).to(target), self.preprocessing))
+        for rows, pixels in stream_pixels(dataset, self.preprocessing, errors):
+            images = normalise(torch.from_numpy(pixels).to(target), self.preprocessing)
+            probabilities[rows], scores[rows] = (answer.cpu().numpy() for answer in model(images))
             if progress:
-                progress(done, len(dataset))
-        probabilities, scores = stack(outputs)
+                progress(rows[-1] + 1, n)
         return probabilities, scores, errors
 
 
-def part(shapes: Mapping[str, torch.Size], prefix: str) -> dict[str, torch.Size]:
-    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+def filled(module: M, weights: Mapping[str, Tensor]) -> M:
+    module.load_state_dict(weights)
+    return module
 
 
-def stack(outputs: Iterable[Sequence[Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-    probabilities, scores = zip(*outputs, strict=True)
-    return torch.cat(probabilities).cpu().numpy(), torch.cat(scores).cpu().numpy()
+def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in weights.items()}
 
 
 def unreadable(image: str, reason: str) -> dict[str, Any]:

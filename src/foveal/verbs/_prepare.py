@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +18,6 @@ from foveal.data.open import open_dataset
 from foveal.data.split import make_split
 from foveal.features.extract import Extraction, extract
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -30,7 +27,8 @@ class Prepared:
     backbone: Backbone
     extraction: Extraction
     groups: np.ndarray
-    seconds: float
+    source: str
+    """What the user called the data; a path is made absolute."""
 
     @cached_property
     def has_test(self) -> bool:
@@ -91,7 +89,6 @@ def prepare(
         DataError: nothing usable in DATA.
     """
     progress = progress or Progress()
-    start = time.perf_counter()
     dataset = open_dataset(data, offline=offline)
     loaded = load_backbone(backbone, offline=offline)
     extraction = extract(
@@ -104,14 +101,21 @@ def prepare(
                 f"none of the {len(dataset)} images of {dataset.name} can be decoded "
                 f"(first: {dataset.ids[first[0]]}: {first[1]}): check that these are images"
             )
-        dataset, extraction = dataset.drop(extraction.errors), extraction.drop(extraction.errors)
+        kept = np.setdiff1d(np.arange(len(dataset)), list(extraction.errors))
+        dataset, extraction = dataset.drop(extraction.errors), extraction.take(kept)
     if dataset.set_aside:
         name, reason = dataset.set_aside[0]
         progress.say(
             f"{len(dataset.set_aside)} images set aside (first: {name}: {reason}); all are named in the report"
         )
     groups = near_duplicate_groups(extraction.scan["phash"], extraction.X)
-    return Prepared(dataset, loaded, extraction, groups, time.perf_counter() - start)
+    return Prepared(dataset, loaded, extraction, groups, source_of(data))
+
+
+def source_of(data: str | Path | Dataset) -> str:
+    if isinstance(data, Dataset):
+        return data.name
+    return str(Path(data).absolute()) if Path(data).exists() else str(data)
 
 
 def parse_budget(text: str | None) -> float | None:
@@ -155,6 +159,7 @@ def manifest_data(prepared: Prepared, splits: np.ndarray) -> dict[str, Any]:
     names, counts = np.unique(splits, return_counts=True)
     return {
         "name": prepared.dataset.name,
+        "source": prepared.source,
         "images": len(prepared.dataset),
         "set_aside": [list(item) for item in prepared.dataset.set_aside],
         "splits": {str(name): int(count) for name, count in zip(names, counts, strict=True)},

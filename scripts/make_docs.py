@@ -1,0 +1,128 @@
+"""Write docs/methods/ from each method's docstring, Options and card, and docs/verbs.md from the verbs.
+
+`--check` writes nothing and exits with 1 when a page is out of date.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from foveal import VERBS
+from foveal.cli.main import parameter_types
+from foveal.core import cards, catalogue
+from foveal.core.options import describe_options
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    def cell(value: Any) -> str:
+        return str("" if value is None else value).replace("|", "\\|")
+
+    lines = [columns, ["---"] * len(columns), *[[cell(row[column]) for column in columns] for row in rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def method_page(name: str) -> str:
+    cls = catalogue.get(name)
+    card = cards.read_card(name)
+    spec = cls.spec
+    paper = f"[arXiv {spec.arxiv}](https://arxiv.org/abs/{spec.arxiv}), " if spec.arxiv else ""
+    parts = [
+        f"# {name}",
+        f"{spec.title} ({paper}{spec.year}). Family {spec.family}; needs {', '.join(sorted(spec.needs))}; "
+        f"{', '.join(spec.tasks)}.",
+        inspect.getdoc(sys.modules[cls.__module__]) or "",
+        "## Options",
+        table(describe_options(cls.Options), ["name", "type", "default", "range", "help"]),
+        f"On the command line: `foveal fit DATA --method {name}`, options as `{name}:key=value,key=value`.",
+        "## Evidence",
+        f"Claim: {card['claim']}",
+        measurement(card),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def measurement(card: dict[str, Any]) -> str:
+    measured = card.get("measured")
+    if not measured:
+        return f"Not measured yet: `foveal reproduce {card['name']}`."
+    verdicts = [{"expected": item["check"], "held": "yes" if item["held"] else "no"} for item in measured["checks"]]
+    values = [
+        {"quantity": key, "mean": f"{value['mean']:.4f}", "s.d.": f"{value['std']:.4f}"}
+        for key, value in measured["values"].items()
+    ]
+    return "\n\n".join(
+        [
+            f"Measured by `foveal reproduce {card['name']}` on {measured['date']}, {measured['seeds']} seeds, "
+            f"{measured['minutes']} minutes, "
+            + ", ".join(f"{library} {version}" for library, version in measured["versions"].items())
+            + ":",
+            table(verdicts, ["expected", "held"]),
+            table(values, ["quantity", "mean", "s.d."]),
+        ]
+    )
+
+
+def index_page() -> str:
+    rows: list[dict[str, Any]] = []
+    for name in catalogue.families():
+        spec = catalogue.get(name).spec
+        checks = cards.read_card(name).get("measured", {}).get("checks", [])
+        rows.append(
+            {
+                "method": f"[{name}]({name}.md)",
+                "family": spec.family,
+                "title": spec.title,
+                "needs": ", ".join(sorted(spec.needs)),
+                "tasks": ", ".join(spec.tasks),
+                "expectations held": f"{sum(check['held'] for check in checks)} of {len(checks)}"
+                if checks
+                else "unknown",
+            }
+        )
+    return "# Methods\n\n" + table(rows, ["method", "family", "title", "needs", "tasks", "expectations held"]) + "\n"
+
+
+def verbs_page() -> str:
+    parts = ["# Verbs", "On the command line `foveal VERB`, in Python `foveal.VERB(...)` with the same names."]
+    for name in VERBS:
+        verb = getattr(import_module(f"foveal.verbs.{name}"), name)
+        rows: list[dict[str, Any]] = []
+        types = parameter_types(verb)
+        for key, parameter in inspect.signature(verb).parameters.items():
+            if key == "progress":
+                continue
+            help_text = get_args(types[key])[1] if get_origin(types[key]) is not None else ""
+            option = parameter.kind is parameter.KEYWORD_ONLY
+            default = "" if parameter.default in (parameter.empty, None) else parameter.default
+            shown = f"`--{key.replace('_', '-')}`" if option else f"`{key.upper()}`"
+            rows.append({"argument": shown, "default": default, "meaning": help_text})
+        parts += [f"## {name}", inspect.getdoc(verb) or ""]
+        parts += [table(rows, ["argument", "default", "meaning"])] if rows else []
+    return "\n\n".join(parts) + "\n"
+
+
+def pages() -> dict[Path, str]:
+    made = {DOCS / "methods" / f"{name}.md": method_page(name) for name in catalogue.families()}
+    return {**made, DOCS / "methods" / "index.md": index_page(), DOCS / "verbs.md": verbs_page()}
+
+
+def main() -> None:
+    stale = [path for path, content in pages().items() if not path.exists() or path.read_text() != content]
+    if "--check" in sys.argv:
+        for path in stale:
+            print(f"{path.relative_to(DOCS.parent)} is out of date: make docs")
+        sys.exit(bool(stale))
+    for path in stale:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(pages()[path])
+        print(f"wrote {path.relative_to(DOCS.parent)}")
+
+
+if __name__ == "__main__":
+    main()

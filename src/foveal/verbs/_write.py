@@ -1,0 +1,158 @@
+"""A finished model -> a Bundle on disk, with its measurements, report and card."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from foveal.core.bundle import atomic_folder, open_bundle, seal, write_json
+from foveal.core.errors import BundleError, UsageError
+from foveal.core.options import options_to_dict
+from foveal.core.progress import Progress
+from foveal.evaluate.card import write_card
+from foveal.evaluate.cost import cost
+from foveal.evaluate.metrics import measure
+from foveal.evaluate.report import ReportContext, write_report
+from foveal.ship.bundle import save_weights
+from foveal.verbs._adapt import Adapted
+from foveal.verbs._findings import find
+from foveal.verbs._prepare import Prepared, manifest_data
+from foveal.verbs._race import verdict
+from foveal.verbs._reference import REFERENCES, reference_probabilities
+from foveal.verbs._trust import trust
+from foveal.verbs.reproduce import versions
+
+MISTAKES = 12
+
+
+def request_of(data: Any, method: str, backbone: str, seed: int, class_weights: str) -> dict[str, Any]:
+    """What must be equal for two `fit` commands to be the same."""
+    name = data if isinstance(data, str | Path) else data.name
+    return {
+        "data": str(name),
+        "method": method,
+        "backbone": backbone,
+        "seed": seed,
+        "class_weights": class_weights,
+    }
+
+
+def finished(out: Path, request: dict[str, Any]) -> bool:
+    """Whether `out` holds the Bundle of this very request.
+
+    Raises:
+        UsageError: it holds something else, which `fit` does not overwrite.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    try:
+        held = open_bundle(out).manifest["request"]
+    except (BundleError, KeyError) as error:
+        raise UsageError(f"--out {out} exists and is not overwritten ({error}): choose another --out") from None
+    if held != request:
+        differs = ", ".join(f"{key} {held.get(key)}" for key in request if held.get(key) != request[key])
+        raise UsageError(f"--out {out} holds the Bundle of another command ({differs}): choose another --out")
+    return True
+
+
+def write_bundle(
+    out: Path,
+    prepared: Prepared,
+    splits: np.ndarray,
+    adapted: Adapted,
+    contest: list[dict[str, Any]] | None,
+    *,
+    request: dict[str, Any],
+    seed: int,
+    class_weights: str,
+    device: str,
+    started: float,
+    progress: Progress,
+) -> None:
+    """Measure on the test split, and write everything or nothing."""
+    dataset, backbone = prepared.dataset, prepared.backbone
+    model, calibration = trust(adapted, prepared, device)
+    probabilities = adapted.probabilities(adapted.test, dataset.task)
+    labels = adapted.test.labels.numpy()
+    metrics = {"split": "test", **measure(probabilities, labels, dataset.classes, dataset.task)}
+    references = {
+        name: {"about": REFERENCES[name], **measure(p, labels, dataset.classes, dataset.task)}
+        for name, p in reference_probabilities(prepared, splits, seed, class_weights).items()
+    }
+    metrics["references"] = {
+        name: {key: found[key] for key in ("about", "accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")}
+        for name, found in references.items()
+    }
+    metrics["race"] = contest
+    metrics["history"] = adapted.history
+    findings = find(prepared, seed)
+    manifest = {
+        "foveal": versions(),
+        "task": dataset.task,
+        "classes": list(dataset.classes),
+        "backbone": backbone.describe(),
+        "method": {"name": adapted.method.name, "options": options_to_dict(adapted.method.options)},
+        "why": verdict(contest) if contest else "asked for",
+        "seed": seed,
+        "class_weights": class_weights,
+        "data": manifest_data(prepared, splits),
+        "request": request,
+        "parent": None,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+    with atomic_folder(out) as folder:
+        save_weights(model, folder / "model.safetensors")
+        write_json(folder / "calibration.json", calibration)
+        write_json(folder / "metrics.json", metrics)
+        spent = cost(adapted.classifier, backbone.preprocessing, adapted.trained_params, folder, device=device)
+        write_json(folder / "cost.json", spent)
+        context = ReportContext(
+            manifest=manifest,
+            calibration=calibration,
+            metrics=metrics,
+            cost=spent,
+            findings=findings,
+            mistakes=mistakes(prepared, splits, probabilities, labels),
+        )
+        write_report(folder / "report.html", context)
+        write_card(folder / "README.md", context)
+        seal(folder, manifest)
+
+
+def mistakes(
+    prepared: Prepared, splits: np.ndarray, probabilities: np.ndarray, labels: np.ndarray
+) -> list[dict[str, Any]]:
+    """The wrong answers on test images that were given with most confidence, as thumbnails."""
+    test, classes = np.flatnonzero(splits == "test"), prepared.dataset.classes
+    if labels.ndim == 2:
+        worst_label = np.abs(probabilities - labels).argmax(1)
+        error = np.abs(probabilities - labels)[np.arange(len(labels)), worst_label]
+        order = np.argsort(-error)[:MISTAKES]
+        order = order[error[order] > 0.5]
+    else:
+        confidence = probabilities.max(1)
+        wrong = np.flatnonzero(probabilities.argmax(1) != labels)
+        order = wrong[np.argsort(-confidence[wrong])][:MISTAKES]
+    rows: list[dict[str, Any]] = []
+    for index in order.tolist():
+        image = prepared.dataset.image(int(test[index]))
+        image.thumbnail((160, 160))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=80)
+        guessed = probabilities[index] >= 0.5 if labels.ndim == 2 else [probabilities[index].argmax()]
+        true = np.flatnonzero(labels[index]) if labels.ndim == 2 else [labels[index]]
+        named = np.flatnonzero(guessed) if labels.ndim == 2 else guessed
+        rows.append(
+            {
+                "id": prepared.dataset.ids[int(test[index])],
+                "thumbnail": buffer.getvalue(),
+                "true": "|".join(classes[int(c)] for c in true),
+                "predicted": "|".join(classes[int(c)] for c in named),
+                "probability": float(probabilities[index].max()),
+            }
+        )
+    return rows
