@@ -117,7 +117,7 @@ def minimise(
     scaling: Scaling,
     *,
     start: Tensor | None = None,
-    tolerance: float = 2e-5,
+    tolerance: float = 1e-4,
     iterations: int = 300,
 ) -> tuple[Tensor, Tensor]:
     """Solve P problems at once by L-BFGS with an exact line search.
@@ -255,7 +255,7 @@ class Logistic:
 
 
 def logistic_regression(
-    X: Tensor, y: Tensor, weights: Tensor, classes: int, *, c: float = 0.0, seed: int = 0, tolerance: float = 2e-5
+    X: Tensor, y: Tensor, weights: Tensor, classes: int, *, c: float = 0.0, seed: int = 0, tolerance: float = 1e-4
 ) -> Logistic:
     """Fit features X [n, D] float32 to labels y [n] or [n, C], with strength c, or the best of GRID when c is 0."""
     scaling, targets = Scaling.of(X), Targets.of(y, classes)

@@ -59,5 +59,6 @@ def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
 class Linear(Adapt):
     def fit_features(self, X: Tensor, y: Tensor, weights: Tensor, seed: int) -> nn.Module:
         classes = check_rows(X, y, weights)
-        fitted = logistic_regression(X, y, weights, classes, c=self.options.c, seed=seed)
+        c: float = self.options.c
+        fitted = logistic_regression(X, y, weights, classes, c=c, seed=seed, tolerance=2e-6 if c else 1e-4)
         return linear_layer(fitted.weight, fitted.bias)

@@ -1,4 +1,4 @@
-"""Naive-Bayes probe (Zheng et al., "Revisiting Discriminative vs. Generative Classifiers", ICML 2023, arXiv 2302.02334).
+"""Naive-Bayes probe (Zheng et al., "Revisiting Discriminative vs. Generative Classifiers", 2023, arXiv 2302.02334).
 
 Every feature is a Gaussian per class, independent of the others, with a variance v_j shared by the classes; Bayes'
 rule then is a linear classifier in closed form:
