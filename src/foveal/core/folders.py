@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
+import uuid
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from foveal.core.errors import FovealError
@@ -33,14 +33,10 @@ def atomic_file(target: Path) -> Generator[Path]:
     Raises:
         FovealError: the folder cannot be made or written, or the device is full.
     """
+    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        os.close(handle)
-    except OSError as error:
-        raise unwritable(target, error) from error
-    staging = Path(name)
-    try:
+        staging.touch(exist_ok=False)
         yield staging
         with staging.open("rb") as file:
             os.fsync(file.fileno())
@@ -48,7 +44,8 @@ def atomic_file(target: Path) -> Generator[Path]:
     except OSError as error:
         raise unwritable(target, error) from error
     finally:
-        staging.unlink(missing_ok=True)
+        with suppress(OSError):
+            staging.unlink()
 
 
 def unwritable(target: Path, error: OSError) -> FovealError:

@@ -1,0 +1,74 @@
+"""How timm's families differ where foveal needs to see inside: one row per family, looked up by class name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+Family = Literal["cnn", "vit", "windowed", "hybrid"]
+
+
+@dataclass(frozen=True)
+class Quirk:
+    """`embed` and `finish` are given when tokens may be added, dropped or merged between the blocks."""
+
+    family: Family
+    embed: Callable[[Any, Tensor], Tensor] | None = None
+    finish: Callable[[Any, Tensor], Tensor] | None = None
+
+
+def embed_plain(model: Any, images: Tensor) -> Tensor:
+    """Images [B, 3, H, W] -> prefix and patch tokens [B, N, d] with positions, as the first block reads them."""
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+
+
+def finish_plain(model: Any, tokens: Tensor) -> Tensor:
+    """Tokens [B, N, d] after the last block -> features [B, D]."""
+    return model.forward_head(model.norm(tokens), pre_logits=True)
+
+
+PLAIN = Quirk("vit", embed_plain, finish_plain)
+POSITION_IN_ATTENTION = Quirk("vit")
+WINDOWED = Quirk("windowed")
+HYBRID = Quirk("hybrid")
+
+QUIRKS: dict[str, Quirk] = {
+    "VisionTransformer": PLAIN,
+    "VisionTransformerDistilled": PLAIN,
+    # a bias or rotation for every pair of positions is fixed inside attention: its token set cannot change
+    "VisionTransformerRelPos": POSITION_IN_ATTENTION,
+    "Beit": POSITION_IN_ATTENTION,
+    "Eva": POSITION_IN_ATTENTION,
+    "Cait": POSITION_IN_ATTENTION,
+    "Xcit": POSITION_IN_ATTENTION,
+    "SwinTransformer": WINDOWED,
+    "SwinTransformerV2": WINDOWED,
+    "SwinTransformerV2Cr": WINDOWED,
+    "VisionTransformerSAM": WINDOWED,
+    "Hiera": WINDOWED,
+    "MultiScaleVit": WINDOWED,
+    "Nest": WINDOWED,
+    "Twins": WINDOWED,
+    "DaVit": WINDOWED,
+    "MaxxVit": HYBRID,
+}
+
+
+def is_self_attention(module: nn.Module) -> bool:
+    """Whether a module projects to queries, keys and values itself, by one matrix or by three."""
+    children = dict(module.named_children())
+    three = ({"q", "k", "v"}, {"q_proj", "k_proj", "v_proj"})
+    return "proj" in children and ("qkv" in children or any(names <= children.keys() for names in three))
+
+
+def quirk_of(model: nn.Module) -> Quirk:
+    """The row of a model's class; classes without a row are CNNs, or hybrids when they hold self-attention."""
+    row = QUIRKS.get(type(model).__name__)
+    if row is None:
+        return HYBRID if any(map(is_self_attention, model.modules())) else Quirk("cnn")
+    if row is PLAIN and hasattr(getattr(model, "patch_embed", None), "backbone"):
+        return Quirk("hybrid", embed_plain, finish_plain)
+    return row

