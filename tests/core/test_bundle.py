@@ -47,7 +47,7 @@ def test_an_error_while_writing_leaves_the_old(tmp_path: Path):
 
 def test_no_space_left_is_one_clear_message(tmp_path: Path):
     with (
-        pytest.raises(FovealError, match="no space left on the device .* free some space"),
+        pytest.raises(FovealError, match=r"no space left on the device.*free some space"),
         atomic_folder(tmp_path / "b"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")

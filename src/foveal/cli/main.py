@@ -48,7 +48,7 @@ def command(verb: Callable[..., Any]) -> Callable[..., None]:
         if name == "progress":
             continue
         kind, text = get_args(hints[name])[:2] if get_origin(hints[name]) is Annotated else (hints[name], "")
-        given = {"help": text}
+        given: dict[str, Any] = {"help": text}
         info = (
             typer.Option(**given, show_default=parameter.default is not None)
             if parameter.kind is parameter.KEYWORD_ONLY

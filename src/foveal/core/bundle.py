@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import glob
 import hashlib
 import json
@@ -16,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foveal.core.errors import BundleError, FovealError
+from foveal.core.errors import BundleError
+from foveal.core.folders import unwritable
 
 FORMAT = 1
 REQUIRED = ("bundle.json", "model.safetensors", "calibration.json", "metrics.json", "cost.json")
@@ -93,13 +93,7 @@ def atomic_folder(target: Path) -> Generator[Path]:
             staging.rename(target)
         sync(target.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise FovealError(
-                f"no space left on the device while writing {target}: free some space and run the same command again"
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise FovealError(f"cannot write {target} ({error.strerror}): choose another --out") from error
-        raise
+        raise unwritable(target, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import uuid
@@ -49,6 +50,9 @@ def atomic_file(target: Path) -> Generator[Path]:
 
 
 def unwritable(target: Path, error: OSError) -> FovealError:
-    return FovealError(
-        f"cannot write {target} ({error.strerror or error}): free some space, or set FOVEAL_CACHE to another folder"
-    )
+    """A full or read-only place, in one clear message."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        what, todo = "no space left on the device", "free some space and run the same command again"
+    else:
+        what, todo = str(error.strerror or error), "choose another folder (the cache's is $FOVEAL_CACHE)"
+    return FovealError(f"cannot write {target} ({what}): {todo}")

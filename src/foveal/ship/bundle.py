@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -14,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from foveal.backbones.adapter import normalise, rebuild_backbone
+from foveal.backbones.adapter import Backbone, normalise, rebuild_backbone
 from foveal.core import catalogue
 from foveal.core.bundle import BundleFiles, open_bundle
 from foveal.core.errors import BundleError, DataError
-from foveal.core.method import Adapt, Classifier
+from foveal.core.method import Adapt, Classifier, Task
 from foveal.core.options import parse_options
 from foveal.core.preprocessing import Preprocessing
 from foveal.data.dataset import Dataset
@@ -38,8 +40,16 @@ CHUNK = 1024
 
 
 def save_weights(model: Calibrated, path: Path) -> None:
-    """All parameters and buffers, as safetensors."""
-    save_file({name: value.contiguous().clone() for name, value in model.state_dict().items()}, path)
+    """All parameters and buffers, as safetensors.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    try:
+        save_file({name: value.contiguous().clone() for name, value in model.state_dict().items()}, path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else error from None
 
 
 def load(path: str | Path) -> Bundle:
@@ -82,7 +92,7 @@ class Bundle:
         return tuple(self.manifest["classes"])
 
     @property
-    def task(self) -> str:
+    def task(self) -> Task:
         return self.manifest["task"]
 
     @property
@@ -188,7 +198,7 @@ class Bundle:
         probabilities = np.full((n, len(self.classes)), np.nan, np.float32)
         scores = np.full(n, np.nan, np.float32)
         if self.method.reads_features():
-            found = extract(dataset, self.model.classifier.backbone, device=device, progress=progress)
+            found = extract(dataset, cast(Backbone, self.model.classifier.backbone), device=device, progress=progress)
             errors = found.errors
             for start in range(0, n, CHUNK):
                 rows = slice(start, start + CHUNK)

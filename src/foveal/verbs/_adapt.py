@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from foveal.core import catalogue
 from foveal.core.errors import UsageError
 from foveal.core.method import Adapt, Classifier, Task, trainable
 from foveal.core.progress import Progress
@@ -120,15 +121,25 @@ def points(probabilities: np.ndarray, labels: np.ndarray, prepared: Prepared) ->
     return {name: measured[name]["value"] for name in METRICS}
 
 
-def check_suits(method: Any, prepared: Prepared) -> Adapt:
-    """The method, if it can work on this task and backbone.
+def choose(choice: str) -> Adapt:
+    """The adapt method that `NAME` or `NAME:key=value,...` names.
 
     Raises:
-        UsageError: it cannot; the message says which can.
+        UsageError: unknown name or options, or a method of another family.
     """
-    task = prepared.dataset.task
+    method = catalogue.create(choice)
     if not isinstance(method, Adapt):
         raise UsageError(f"{method.name} is a {method.spec.family} method: fit and compare take adapt methods")
+    return method
+
+
+def check_suits(method: Adapt, prepared: Prepared) -> Adapt:
+    """The method, if it can do the task of the data.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    task = prepared.dataset.task
     if task not in method.spec.tasks:
         raise UsageError(f"{method.name} does not do {task} data: choose a method that lists it in `foveal methods`")
     return method

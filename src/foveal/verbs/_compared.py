@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from foveal.backbones.adapter import normalise
 from foveal.core.bundle import atomic_folder, read_json, write_json
 from foveal.data.worlds import garbage
-from foveal.features.session import feature_session
+from foveal.features.session import feature_session, pick_device
 from foveal.verbs._adapt import Adapted, logits_of
 from foveal.verbs._prepare import Prepared
 from foveal.verbs._reference import REFERENCES
@@ -80,15 +81,15 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def images_per_second(adapted: Adapted, prepared: Prepared, device: str) -> float:
     """Measured now: decoded images through the model, as `foveal predict` runs it."""
-    from foveal.ship.bundle import eager
-
     preprocessing = prepared.backbone.preprocessing
     pixels = garbage(TIMED, preprocessing.size, 0)
     if adapted.method.reads_features():
         session = feature_session(prepared.backbone, device=device)
         run = lambda: logits_of(adapted.classifier.head, torch.from_numpy(session(pixels)))  # noqa: E731
     else:
-        run = lambda: eager(adapted.classifier, pixels, preprocessing, device)  # noqa: E731
+        target = pick_device(device)
+        model, images = adapted.classifier.to(target), normalise(torch.from_numpy(pixels).to(target), preprocessing)
+        run = torch.inference_mode()(lambda: model(images).cpu())
     run()
     start = time.perf_counter()
     run()

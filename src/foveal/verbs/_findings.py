@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from foveal.core import catalogue
 from foveal.core.errors import DataError
 from foveal.core.seeds import derive
 from foveal.data.checks import check
 from foveal.evaluate.calibration import to_probabilities
-from foveal.verbs._adapt import FrozenRows
+from foveal.verbs._adapt import FrozenRows, choose
 from foveal.verbs._prepare import Prepared
 
 QUICK = {"single-label": "gda-clip", "multi-label": "linear"}
@@ -25,7 +24,7 @@ def out_of_fold_probabilities(prepared: Prepared, seed: int) -> np.ndarray | Non
     except DataError:
         return None
     task = prepared.dataset.task
-    logits = rows.out_of_fold(catalogue.create(QUICK[task]), derive(seed, "fit"))
+    logits = rows.out_of_fold(choose(QUICK[task]), derive(seed, "fit"))
     probabilities = np.full((len(prepared.dataset), logits.shape[1]), np.nan, np.float32)
     probabilities[rows.train[-len(logits) :]] = to_probabilities(logits.numpy(), task)
     return probabilities

@@ -12,7 +12,7 @@ from foveal.core.method import Adapt
 from foveal.core.progress import Progress
 from foveal.core.seeds import derive
 from foveal.evaluate.calibration import to_probabilities
-from foveal.verbs._adapt import Adapted, FrozenRows, adapt_frozen, points
+from foveal.verbs._adapt import Adapted, FrozenRows, adapt_frozen, choose, points
 from foveal.verbs._prepare import Prepared
 
 
@@ -38,14 +38,14 @@ def race(prepared: Prepared, rows: FrozenRows, seed: int, progress: Progress) ->
     for done, name in enumerate(entrants):
         progress.update("racing methods", done, len(entrants))
         start = time.perf_counter()
-        logits[name] = rows.out_of_fold(catalogue.create(name), derive(seed, "fit"))
+        logits[name] = rows.out_of_fold(choose(name), derive(seed, "fit"))
         labels = rows.y[-len(logits[name]) :].numpy()
         measured = points(to_probabilities(logits[name].numpy(), task), labels, prepared)
         contest.append({"method": name, **measured, "seconds": time.perf_counter() - start})
     progress.update("racing methods", len(entrants), len(entrants))
     contest.sort(key=lambda row: (-(row["balanced_accuracy"] or 0.0), row["seconds"]))
     winner = contest[0]["method"]
-    return adapt_frozen(catalogue.create(winner), prepared, rows, seed, logits[winner]), contest
+    return adapt_frozen(choose(winner), prepared, rows, seed, logits[winner]), contest
 
 
 def verdict(contest: list[dict[str, Any]]) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from foveal.core import catalogue
 from foveal.core.seeds import derive
 from foveal.evaluate.calibration import to_probabilities
-from foveal.verbs._adapt import logits_of
+from foveal.verbs._adapt import choose, logits_of
 from foveal.verbs._prepare import Prepared
 
 REFERENCES = {
@@ -30,7 +29,7 @@ def reference_probabilities(
     scan = prepared.extraction.scan
     X = torch.from_numpy(np.stack([scan["mean"], scan["std"]], axis=1).astype(np.float32))
     weights, _ = prepared.label_weights(train, class_weights)
-    head = catalogue.create("linear").fit_features(  # type: ignore[attr-defined]
+    head = choose("linear").fit_features(
         X[train], torch.from_numpy(labels[train]), torch.from_numpy(weights), derive(seed, "fit")
     )
     return {

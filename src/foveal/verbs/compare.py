@@ -50,9 +50,8 @@ def compare(
     import shutil
     import time
 
-    from foveal.core import catalogue
     from foveal.core.errors import UsageError
-    from foveal.verbs._adapt import FrozenRows, adapt, check_suits
+    from foveal.verbs._adapt import FrozenRows, adapt, check_suits, choose
     from foveal.verbs._compared import Ledger, write_tables
     from foveal.verbs._prepare import check_choices, parse_budget, prepare
     from foveal.verbs._race import frozen_methods
@@ -67,7 +66,7 @@ def compare(
     choices = split_methods(methods)
     for choice in choices:
         if choice != "frozen":
-            catalogue.create(choice)
+            choose(choice)
     out = out or default_out(data, "compare")
     started = time.perf_counter()
     prepared = prepare(data, backbone, offline=offline, device=device, progress=progress)
@@ -75,7 +74,7 @@ def compare(
     names: list[str] = []
     for choice in choices:
         names += frozen_methods(prepared.dataset.task) if choice == "frozen" else [choice]
-    chosen = {name: check_suits(catalogue.create(name), prepared) for name in dict.fromkeys(names)}
+    chosen = {name: check_suits(choose(name), prepared) for name in dict.fromkeys(names)}
 
     request = {"data": str(data), "backbone": backbone, "class_weights": class_weights, "budget": budget}
     ledger = Ledger(out.with_name(out.name + ".work"), request)

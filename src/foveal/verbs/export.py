@@ -13,9 +13,7 @@ def export(
     bundle: Annotated[Path, "Bundle folder made by `foveal fit`."],
     *,
     to: Annotated[str, "Format: onnx."] = "onnx",
-    images: Annotated[
-        Path | None, "Folder of images to check parity on; default: the data the Bundle was fitted on."
-    ] = None,
+    images: Annotated[Path | None, "Images to check parity on; default: the data the Bundle was fitted on."] = None,
     progress: Progress | None = None,
 ) -> Result:
     """Write model.onnx into the Bundle: uint8 images in, calibrated probabilities out, parity checked.

@@ -46,10 +46,9 @@ def fit(
 
     Example: foveal fit sample:digits --out runs/digits
     """
-    from foveal.core import catalogue
     from foveal.core.bundle import write_json
     from foveal.ship.bundle import load
-    from foveal.verbs._adapt import FrozenRows, adapt, check_suits
+    from foveal.verbs._adapt import FrozenRows, adapt, check_suits, choose
     from foveal.verbs._prepare import check_choices, parse_budget, prepare
     from foveal.verbs._race import race
     from foveal.verbs._write import finished, request_of, write_bundle
@@ -58,7 +57,7 @@ def fit(
     start = time.perf_counter()
     seconds = parse_budget(budget)
     check_choices(device=device, class_weights=class_weights)
-    chosen = None if method == "auto" else catalogue.create(method)
+    chosen = None if method == "auto" else choose(method)
     out = out or default_out(data, method)
     request = request_of(data, method, backbone, seed, class_weights)
     if finished(out, request):

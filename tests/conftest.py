@@ -1,0 +1,39 @@
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COLOURS = {"blue": 2, "green": 1, "red": 0}
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A feature cache of the test run's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FOVEAL_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three class folders with sixteen JPEG files each; the class can be seen in the colour."""
+    root = tmp_path_factory.mktemp("data") / "photos"
+    rng = np.random.default_rng(7)
+    for name, channel in COLOURS.items():
+        (root / name).mkdir(parents=True)
+        for index in range(16):
+            (root / name / f"{index:02d}.jpg").write_bytes(tinted(rng, channel))
+    return root
+
+
+def tinted(rng: np.random.Generator, channel: int) -> bytes:
+    """A JPEG of random blocks, 90 x 110 pixels, with one channel raised."""
+    blocks = rng.integers(0, 120, (9, 11, 3), dtype=np.uint8)
+    blocks[..., channel] += rng.integers(60, 130, dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(blocks).resize((110, 90), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=92)
+    return buffer.getvalue()

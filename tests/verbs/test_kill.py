@@ -1,0 +1,82 @@
+"""SIGKILL at any moment: the same command goes on and ends with the same bits; no half Bundle is ever seen."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from foveal.core.bundle import open_bundle
+
+FIT = "import sys, foveal; foveal.fit(sys.argv[1], method=sys.argv[2], backbone=sys.argv[3], out=sys.argv[4])"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    save_file(timm.create_model("test_efficientnet", pretrained=False).state_dict(), path)
+    return f"test_efficientnet@{path}"
+
+
+def fit(*arguments: object) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", FIT, *map(str, arguments)], stderr=subprocess.PIPE)
+
+
+def test_killed_fits_go_on_to_the_same_bits(photos: Path, cache: Path, tiny: str, tmp_path: Path):
+    method = "full:epochs=3,batch_size=8"
+    whole = tmp_path / "whole"
+    start = time.monotonic()
+    assert fit(photos, method, tiny, whole).wait() == 0
+    length = time.monotonic() - start
+    target = tmp_path / "killed"
+    for share in (0.45, 0.6, 0.75, 0.9):
+        process = fit(photos, method, tiny, target)
+        time.sleep(share * length)
+        process.kill()
+        process.wait()
+        if target.exists():
+            open_bundle(target)
+    assert fit(photos, method, tiny, target).wait() == 0
+    assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert {entry.name for entry in tmp_path.iterdir()} == {"whole", "killed"}
+
+
+def test_interrupted_by_the_keyboard_it_says_how_to_go_on(photos: Path, cache: Path, tiny: str, tmp_path: Path):
+    command = [str(Path(sys.executable).parent / "foveal"), "fit", str(photos), "--backbone", tiny]
+    process = subprocess.Popen(
+        [*command, "--method", "full:epochs=200", "--out", str(tmp_path / "b")], stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "b.work").exists() and process.poll() is None:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on where it was" in errors
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_full_device_is_one_clear_message(photos: Path, cache: Path, tiny: str, tmp_path: Path):
+    """A limit on file size stands for a full device: the kernel refuses the write in the same place."""
+    command = [str(Path(sys.executable).parent / "foveal"), "fit", str(photos), "--backbone", tiny]
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = subprocess.run(
+        [*command, "--method", "linear", "--out", str(tmp_path / "b")],
+        capture_output=True, text=True, preexec_fn=limited, check=False,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "no space left" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "b").exists()
