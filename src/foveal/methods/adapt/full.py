@@ -21,18 +21,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import nn
-
-from foveal.core.method import Adapt, Classifier, Recipe, Spec, method, trainable
+from foveal.blocks.tuning import two_speeds, zero_linear
+from foveal.core.method import Adapt, Classifier, Recipe, Spec, method
 from foveal.core.options import option, options
-
-
-def zero_linear(width: int, classes: int) -> nn.Linear:
-    """A linear layer [B, width] -> [B, classes] that starts with the same probability for every class."""
-    layer = nn.Linear(width, classes)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 @options
@@ -75,11 +66,4 @@ class Full(Adapt):
         )
 
     def parameter_groups(self, model: Classifier, recipe: Recipe) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = []
-        for fresh in (False, True):
-            rate = recipe.lr * (self.options.head_lr_multiplier if fresh else 1.0)
-            own = [p for name, p in trainable(model) if name.startswith("head.") == fresh]
-            for vectors in (False, True):
-                chosen = [p for p in own if (p.ndim <= 1) == vectors]
-                groups.append({"params": chosen, "lr": rate, "weight_decay": 0.0 if vectors else recipe.weight_decay})
-        return [group for group in groups if group["params"]]
+        return two_speeds(model, recipe, self.options.head_lr_multiplier)
