@@ -90,7 +90,7 @@ class Dataset:
         rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
         return replace(
             self,
-            ids=[self.ids[row] for row in rows],
+            ids=[self.ids[row] for row in rows.tolist()],
             labels=self.labels[rows],
             splits=None if self.splits is None else self.splits[rows],
             source=Rows.of(self.source, rows),
@@ -142,7 +142,7 @@ class Memory:
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
-    """Images as byte ranges of a few big files (tar shards): image i is `size[i]` bytes at `offset[i]` of `files[file[i]]`."""
+    """Images as byte ranges of a few big files: image i is `size[i]` bytes at `offset[i]` of `files[file[i]]`."""
 
     files: Sequence[str]
     file: np.ndarray
@@ -187,7 +187,7 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def printable(name: str) -> str:
-    r"""A file name as text that can be printed and stored: `\udcff` for a byte 0xff that is not UTF-8, `\n` for a line end."""
+    r"""A file name that can be printed and stored: a byte 0xff that is not UTF-8 becomes `\udcff`, a line end `\n`."""
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), name)
 
 

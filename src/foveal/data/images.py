@@ -15,7 +15,9 @@ MAX_PIXELS = 100_000_000
 """Larger images are refused from their header, before any of their pixels are decoded."""
 
 EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .gif .webp .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif".split()
+    f".{name}"
+    for names in ("jpg jpeg jpe jfif png gif webp bmp dib", "tif tiff ppm pgm pbm pnm jp2 j2k avif")
+    for name in names.split()
 )
 # Formats that run other programs (EPS) or only wrap other files are left out.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -52,7 +54,7 @@ def decode(data: bytes) -> Image.Image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise DataError(
-                    f"{width} x {height} pixels: images up to {MAX_PIXELS // 10**6} megapixels are read; make it smaller"
+                    f"{width} x {height} pixels: images of up to {MAX_PIXELS // 10**6} megapixels are read, shrink it"
                 )
             image.load()
             return to_rgb(upright(image))
@@ -61,7 +63,7 @@ def decode(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise DataError("not an image of a known format, or its header is damaged") from None
     except Image.DecompressionBombError:
-        raise DataError(f"more than {MAX_PIXELS // 10**6} megapixels: make it smaller") from None
+        raise DataError(f"more than {MAX_PIXELS // 10**6} megapixels: shrink it") from None
     except Exception as error:  # decoders meet damaged bytes with errors of any type
         raise DataError(f"truncated or damaged image ({str(error).strip() or type(error).__name__})") from None
 

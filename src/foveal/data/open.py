@@ -106,10 +106,11 @@ def as_image(given: Image.Image | np.ndarray) -> Image.Image:
     """
     if isinstance(given, Image.Image):
         return given
-    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.size:
-        if given.ndim == 2 or (given.ndim == 3 and given.shape[2] in (3, 4)):
+    what = type(given).__name__
+    if isinstance(given, np.ndarray):
+        if given.dtype == np.uint8 and given.size and (given.ndim == 2 or given.shape[2:] in ((3,), (4,))):
             return Image.fromarray(given)
-    what = f"{given.dtype} array {given.shape}" if isinstance(given, np.ndarray) else type(given).__name__
+        what = f"{given.dtype} array {given.shape}"
     raise DataError(f"an image came as {what}: expected a path, a PIL image or a uint8 array [H, W, 3]")
 
 
