@@ -30,8 +30,10 @@ ONE_FOLD_ABOVE = 20_000
 
 @dataclass(frozen=True)
 class Known:
-    """Labelled images of the known classes: features [n, D], labels [n] or [n, C], logits [n, C]."""
+    """Labelled images of the known classes: their rows in the data set, features [n, D], labels [n] or [n, C],
+    logits [n, C]."""
 
+    rows: np.ndarray
     features: Tensor
     labels: Tensor
     logits: Tensor
@@ -154,9 +156,11 @@ def adapt_frozen(
     logits = rows.out_of_fold(method, inner) if out_of_fold is None else out_of_fold
     head = method.fit_features(rows.X, rows.y, rows.weights, inner).eval()
     held = slice(len(rows.X) - len(logits), None)
-    held_out = Known(rows.X[held], rows.y[held], logits)
+    held_out = Known(rows.train[held], rows.X[held], rows.y[held], logits)
     whole = len(logits) == len(rows.X)
-    fitted = held_out if whole else Known(rows.X[: held.start], rows.y[: held.start], logits[:0])
+    fitted = (
+        held_out if whole else Known(rows.train[: held.start], rows.X[: held.start], rows.y[: held.start], logits[:0])
+    )
     temperature = fit_temperature(logits.numpy(), held_out.labels.numpy(), prepared.dataset.task)
     return Adapted(
         method,
@@ -164,7 +168,7 @@ def adapt_frozen(
         fitted,
         held_out,
         "training images, out of fold" if whole else "one fold of the training images",
-        Known(rows.X_test, rows.y_test, logits_of(head, rows.X_test)),
+        Known(rows.test, rows.X_test, rows.y_test, logits_of(head, rows.X_test)),
         temperature,
         time.perf_counter() - start,
         sum(p.numel() for p in head.state_dict().values()),
@@ -216,7 +220,7 @@ def adapt_trained(
         logits, features = predict_logits(
             result.model, prepared.dataset, rows, prepared.backbone.preprocessing, device=device
         )
-        return Known(features, torch.from_numpy(labels[rows]), logits)
+        return Known(rows, features, torch.from_numpy(labels[rows]), logits)
 
     fitted, held_out, test = known(train_rows), known(val_rows), known(test_rows)
     temperature = fit_temperature(held_out.logits.numpy(), held_out.labels.numpy(), prepared.dataset.task)

@@ -10,7 +10,7 @@ from foveal.core.errors import DataError
 from foveal.core.seeds import derive
 from foveal.data.checks import check
 from foveal.evaluate.calibration import to_probabilities
-from foveal.verbs._adapt import FrozenRows, choose
+from foveal.verbs._adapt import Adapted, FrozenRows, choose
 from foveal.verbs._prepare import Prepared
 
 QUICK = {"single-label": "gda-clip", "multi-label": "linear"}
@@ -30,10 +30,16 @@ def out_of_fold_probabilities(prepared: Prepared, seed: int) -> np.ndarray | Non
     return probabilities
 
 
-def find(prepared: Prepared, seed: int, probabilities: np.ndarray | None = None) -> dict[str, list[dict[str, Any]]]:
+def unseen_probabilities(prepared: Prepared, adapted: Adapted) -> np.ndarray:
+    """Probabilities [n, C] of the images that the model behind them had not seen; NaN for the others."""
+    probabilities = np.full((len(prepared.dataset), len(prepared.dataset.classes)), np.nan, np.float32)
+    for known in (adapted.held_out, adapted.test):
+        probabilities[known.rows] = adapted.probabilities(known, prepared.dataset.task)
+    return probabilities
+
+
+def find(prepared: Prepared, probabilities: np.ndarray | None) -> dict[str, list[dict[str, Any]]]:
     """Findings by kind; kinds with none are left out."""
-    if probabilities is None:
-        probabilities = out_of_fold_probabilities(prepared, seed)
     found = check(
         prepared.dataset,
         prepared.extraction.scan,

@@ -19,7 +19,7 @@ from foveal.evaluate.metrics import measure
 from foveal.evaluate.report import ReportContext, write_report
 from foveal.ship.bundle import save_weights
 from foveal.verbs._adapt import Adapted
-from foveal.verbs._findings import find
+from foveal.verbs._findings import find, unseen_probabilities
 from foveal.verbs._prepare import Prepared, manifest_data
 from foveal.verbs._race import verdict
 from foveal.verbs._reference import REFERENCES, reference_probabilities
@@ -89,7 +89,7 @@ def write_bundle(
     }
     metrics["race"] = contest
     metrics["history"] = adapted.history
-    findings = find(prepared, seed)
+    findings = find(prepared, unseen_probabilities(prepared, adapted))
     manifest = {
         "foveal": versions(),
         "task": dataset.task,
@@ -116,7 +116,7 @@ def write_bundle(
             metrics=metrics,
             cost=spent,
             findings=findings,
-            mistakes=mistakes(prepared, splits, probabilities, labels),
+            mistakes=mistakes(prepared, adapted.test.rows, probabilities, labels),
         )
         write_report(folder / "report.html", context)
         write_card(folder / "README.md", context)
@@ -124,10 +124,10 @@ def write_bundle(
 
 
 def mistakes(
-    prepared: Prepared, splits: np.ndarray, probabilities: np.ndarray, labels: np.ndarray
+    prepared: Prepared, test: np.ndarray, probabilities: np.ndarray, labels: np.ndarray
 ) -> list[dict[str, Any]]:
     """The wrong answers on test images that were given with most confidence, as thumbnails."""
-    test, classes = np.flatnonzero(splits == "test"), prepared.dataset.classes
+    classes = prepared.dataset.classes
     if labels.ndim == 2:
         worst_label = np.abs(probabilities - labels).argmax(1)
         error = np.abs(probabilities - labels)[np.arange(len(labels)), worst_label]

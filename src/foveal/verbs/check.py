@@ -29,11 +29,11 @@ def check(
 
     Example: foveal check sample:digits
     """
-    from foveal.verbs._findings import find
+    from foveal.verbs._findings import find, out_of_fold_probabilities
     from foveal.verbs._prepare import prepare
 
     prepared = prepare(data, backbone, offline=offline, device=device, progress=progress)
-    found = find(prepared, seed)
+    found = find(prepared, out_of_fold_probabilities(prepared, seed))
     return Result({"images": len(prepared.dataset), "classes": list(prepared.dataset.classes), "findings": found}, text)
 
 

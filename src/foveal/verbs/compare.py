@@ -67,7 +67,7 @@ def compare(
     for choice in choices:
         if choice != "frozen":
             choose(choice)
-    out = out or default_out(data, "compare")
+    out = Path(out) if out else default_out(data, "compare")
     started = time.perf_counter()
     prepared = prepare(data, backbone, offline=offline, device=device, progress=progress)
     reading = time.perf_counter() - started

@@ -58,7 +58,7 @@ def fit(
     seconds = parse_budget(budget)
     check_choices(device=device, class_weights=class_weights)
     chosen = None if method == "auto" else choose(method)
-    out = out or default_out(data, method)
+    out = Path(out) if out else default_out(data, method)
     request = request_of(data, method, backbone, seed, class_weights)
     if finished(out, request):
         progress.say(f"{out} already holds the Bundle of this very command")
