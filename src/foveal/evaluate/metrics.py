@@ -22,10 +22,10 @@ Array = NDArray[Any]
 
 BINS = 15
 CONFIDENCE = 0.95
-CHUNK = 4_000_000
-"""Multiplicities held at once (16 MB)."""
-WORK = 2_000_000_000
-"""Sorted multiplicities per call; above it (many classes and many images) AUROC takes fewer resamples."""
+CHUNK = 1_000_000
+"""Multiplicities held at once (4 MB)."""
+WORK = 100_000_000
+"""Sorted multiplicities per call; above it (many classes and many images) AUROC takes fewer resamples, 100 at least."""
 
 
 def measure(
@@ -67,32 +67,37 @@ def measure(
 
     true = y.astype(bool) if multi else y[:, None] == np.arange(C)
     guess = P >= 0.5 if multi else P.argmax(1)[:, None] == np.arange(C)
-    right = (true == guess).all(1)
-    gaps = calibration_gaps(P, y, task)
+    gaps = np.hstack(calibration_gaps(P, y, task))
+    parts = (true, guess, true & guess, (true == guess).all(1)[:, None], gaps)
+    ends = np.cumsum([part.shape[1] for part in parts])
+    columns = np.hstack([part.astype(np.float32) for part in parts])
     ranked = range(C) if multi or C > 2 else [1]
     orders = {c: ranking(P[:, c]) for c in ranked}
     ranked_resamples = int(np.clip(WORK // (n * len(orders)), min(100, resamples), resamples))
 
     def metrics(W: Array, with_ranks: bool = True) -> dict[str, Array]:
         """Multiplicities [n, R] -> arrays [R] and [C, R]."""
+        support, guessed, hits, right, gap, _ = np.split(columns.astype(W.dtype, copy=False).T @ W, ends)
         total = W.sum(0)
-        support, guessed, hits = (indicator.T.astype(W.dtype) @ W for indicator in (true, guess, true & guess))
         recall, precision = ratio(hits, support), ratio(hits, guessed)
         f1 = ratio(2 * hits, support + guessed)
         specificity = ratio(total - support - guessed + hits, total - support)
         out = {
-            "accuracy": ratio(right.astype(W.dtype) @ W, total),
+            "accuracy": right[0] / total,
             "balanced_accuracy": mean_of(mean_of(np.stack([recall, specificity])) if multi else recall),
             "macro_f1": mean_of(f1),
-            "ece": np.mean([np.abs(gap.T.astype(W.dtype) @ W).sum(0) for gap in gaps], axis=0) / total,
+            "ece": np.abs(gap).sum(0) * (BINS / len(gap)) / total,
             "recall": recall,
             "precision": precision,
             "f1": f1,
         }
         if with_ranks:
-            ranks = [rank_metrics(orders[c], true[:, c], W) for c in ranked]
-            out["class_auroc"], out["class_ap"] = (np.stack(part) for part in zip(*ranks, strict=True))
-            out["auroc"], out["map"] = mean_of(out["class_auroc"]), mean_of(out["class_ap"])
+            areas = [ranked_sums(orders[c], true[:, c], W) for c in ranked]
+            out["class_auroc"] = np.stack([auroc_of(*sums) for sums in areas])
+            out["auroc"] = mean_of(out["class_auroc"])
+            if multi:
+                out["class_ap"] = np.stack([average_precision_of(*sums) for sums in areas])
+                out["map"] = mean_of(out["class_ap"])
         return out
 
     point = {name: value[..., 0] for name, value in metrics(np.ones((n, 1))).items()}
@@ -195,40 +200,50 @@ def ranking(scores: Array) -> tuple[Array, Array]:
     return order, np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
 
 
-def rank_metrics(ranked: tuple[Array, Array], positive: Array, W: Array) -> tuple[Array, Array]:
-    """AUROC (ties count one half) and average precision (step rule) of one score.
+def ranked_sums(ranked: tuple[Array, Array], positive: Array, W: Array) -> tuple[Array, Array]:
+    """Summed multiplicities of positives and of negatives in runs of images by falling score, [runs, R] each.
+
+    Images of one score share a run; so do negatives with no positive between them.
 
     Args:
         ranked: from `ranking`.
         positive: bool [n].
         W: multiplicities [n, R].
-
-    Returns:
-        Two arrays [R]; NaN where a resample lacks positives or (AUROC) negatives.
     """
     order, starts = ranked
-    # Between two positives only the summed weight of the negatives matters: sum runs instead of walking all images.
     hit = positive[order]
-    edge = np.zeros(len(order), dtype=bool)
-    edge[starts] = True
-    cuts = np.flatnonzero(edge | hit | np.r_[False, hit[:-1]])
-    sums = np.add.reduceat(W[order], cuts, axis=0)
-    good = np.where(hit[cuts][:, None], sums, 0)
-    bad = sums - good
-    if len(runs := np.searchsorted(cuts, starts)) < len(cuts):
-        good, bad = np.add.reduceat(good, runs, axis=0), np.add.reduceat(bad, runs, axis=0)
-    above, tp = np.cumsum(bad, axis=0), np.cumsum(good, axis=0)
-    P, N = tp[-1].astype(np.float64), above[-1].astype(np.float64)
-    below = N.astype(W.dtype) - above + bad / 2
-    auroc = ratio(np.einsum("gr,gr->r", good, below), P * N)
-    ap = ratio(np.einsum("gr,gr->r", good, tp / np.maximum(tp + above, 1)), P)
-    return auroc, ap
+    if not hit.any():
+        total = W.sum(0, keepdims=True)
+        return np.zeros_like(total), total
+    shared = np.logical_or.reduceat(hit, starts)
+    runs = starts[shared | np.r_[True, shared[:-1]]]
+    weights = W[order]
+    both = np.add.reduceat(weights, runs, axis=0)
+    rows, first = np.unique(np.searchsorted(runs, np.flatnonzero(hit), side="right") - 1, return_index=True)
+    good = np.zeros_like(both)
+    good[rows] = np.add.reduceat(weights[hit], first, axis=0)
+    return good, both - good
+
+
+def auroc_of(good: Array, bad: Array) -> Array:
+    """Area under the ROC curve [R] from `ranked_sums`, ties counting one half; NaN without positives or negatives."""
+    above = np.cumsum(bad, axis=0)
+    negatives = above[-1]
+    wins = np.einsum("gr,gr->r", good, negatives - above + bad / 2)
+    return ratio(wins, good.sum(0).astype(np.float64) * negatives)
+
+
+def average_precision_of(good: Array, bad: Array) -> Array:
+    """Average precision [R] from `ranked_sums` (sum of precision times step in recall); NaN without positives."""
+    found = np.cumsum(good, axis=0)
+    precision = found / np.maximum(found + np.cumsum(bad, axis=0), 1)
+    return ratio(np.einsum("gr,gr->r", good, precision), found[-1])
 
 
 def auroc(scores: Array, positive: Array) -> float:
     """Area under the ROC curve of one score [n] for bool [n]; NaN when one side is empty."""
-    ones = np.ones((len(scores), 1))
-    return float(rank_metrics(ranking(np.asarray(scores)), np.asarray(positive, dtype=bool), ones)[0][0])
+    sums = ranked_sums(ranking(np.asarray(scores)), np.asarray(positive, dtype=bool), np.ones((len(scores), 1)))
+    return float(auroc_of(*sums)[0])
 
 
 def multiplicities(n: int, resamples: int, seed: int) -> Iterator[Array]:
