@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+
+from foveal.data.dataset import Dataset
 
 SAME = (16, 0.6)
 """A copy: perceptual hashes (256 bits) at most 16 bits apart, features (where given) at least this cosine.
@@ -112,3 +115,177 @@ class Forest:
                 if (shorter == self.root).all():
                     break
                 self.root = shorter
+
+
+Findings = dict[str, list[dict[str, Any]]]
+
+TINY = 32
+"""Pixels on the shorter side below which an image is called tiny."""
+IMBALANCE = 10
+"""A class is rare if the most frequent one has this many times its images."""
+FEW = 10
+"""Fewer distinct images than this say little about a class, balanced or not."""
+SURE = 0.9
+"""A label is also suspicious if every class but it shares less than 1 - SURE of the probability."""
+
+
+def check(
+    dataset: Dataset,
+    scan: np.ndarray,
+    groups: np.ndarray,
+    X: np.ndarray | None = None,
+    probabilities: np.ndarray | None = None,
+    splits: np.ndarray | None = None,
+) -> Findings:
+    """Findings by kind; each has `images` (ids) and a `message`.
+
+    Kinds: corrupt, duplicate (same picture, to the bit), near_duplicate, leak (copies in two splits), conflicting_label
+    (copies with different labels), suspicious_label, imbalance, few_images, missing_class, tiny, odd_size, blank.
+
+    Args:
+        scan: SCAN records [n].
+        groups: int64 [n], from `near_duplicate_groups`.
+        X: features [n, D]; tell exact copies from near ones.
+        probabilities: [n, C] from models that did not see the image; rows of NaN are left out.
+        splits: 'train', 'val', 'test' per image, where the data say so.
+    """
+    return {
+        "corrupt": [found([name], f"{name}: {reason}") for name, reason in dataset.set_aside],
+        **copies(dataset, scan, groups, X, splits),
+        "suspicious_label": [] if probabilities is None else suspicious_labels(dataset, probabilities),
+        **class_sizes(dataset, groups, splits),
+        **picture_sizes(dataset, scan),
+    }
+
+
+def found(images: Sequence[str], message: str) -> dict[str, Any]:
+    return {"images": list(images), "message": message}
+
+
+def few(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def labels_of(dataset: Dataset, row: int) -> str:
+    if dataset.task == "single-label":
+        return dataset.classes[int(dataset.labels[row])]
+    return "|".join(dataset.classes[index] for index in np.flatnonzero(dataset.labels[row])) or "(none)"
+
+
+def copies(
+    dataset: Dataset, scan: np.ndarray, groups: np.ndarray, X: np.ndarray | None, splits: np.ndarray | None
+) -> Findings:
+    """Groups of copies: exact or near, on both sides of a split, with different labels."""
+    result: Findings = {kind: [] for kind in ("duplicate", "near_duplicate", "leak", "conflicting_label")}
+    _, exact = exact_copies(scan["phash"].reshape(len(scan), -1), X)
+    order = np.argsort(groups, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+        if len(rows) < 2:
+            continue
+        names: list[str] = [dataset.ids[row] for row in rows.tolist()]
+        kind, what = ("near_duplicate", "nearly the same") if np.ptp(exact[rows]) else ("duplicate", "the same")
+        result[kind].append(found(names, f"{len(rows)} images show {what}: {few(names)}"))
+        if splits is not None and len(sides := sorted({str(split) for split in splits[rows]})) > 1:
+            result["leak"].append(found(names, f"copies in {' and '.join(sides)}: {few(names)}"))
+        labels = [labels_of(dataset, row) for row in rows.tolist()]
+        if len(set(labels)) > 1:
+            listed = [f"{name} ({label})" for name, label in zip(names, labels, strict=True)]
+            result["conflicting_label"].append(found(names, f"copies with different labels: {few(listed)}"))
+    return result
+
+
+def suspicious_labels(dataset: Dataset, probabilities: np.ndarray) -> list[dict[str, Any]]:
+    """Labels that held-out models contradict, most doubtful first.
+
+    Confident learning (Northcutt, Jiang, Chuang 2021): the threshold of class j is the mean probability of j over
+    images labelled j; an image labelled i is counted to the most probable class above its threshold, and is suspicious
+    if that is not i and the model is SURE it is not i. With several labels per image, each label is such a question.
+    """
+    known = np.flatnonzero(np.isfinite(probabilities).all(axis=1))
+    if dataset.task == "single-label":
+        given = dataset.labels
+        pairs = _doubts(probabilities[known], given[known])
+        doubts = [(doubt, int(known[row]), int(given[known[row]]), other) for doubt, row, other in pairs]
+    else:
+        doubts = []
+        for label in range(len(dataset.classes)):
+            yes = probabilities[known, label]
+            given = dataset.labels[known, label].astype(np.int64)
+            for doubt, row, other in _doubts(np.stack([1 - yes, yes], axis=1), given):
+                doubts.append((doubt, int(known[row]), label, label if other else -1))
+    listed: list[dict[str, Any]] = []
+    for doubt, row, label, other in sorted(doubts, reverse=True):
+        name = dataset.ids[row]
+        if dataset.task == "single-label":
+            text = f"{name} is labelled {dataset.classes[label]} but looks like {dataset.classes[other]}"
+        elif other < 0:
+            text = f"{name} is labelled {dataset.classes[label]} but does not look like it"
+        else:
+            text = f"{name} is not labelled {dataset.classes[label]} but looks like it"
+        listed.append({**found([name], f"{text} (probability {doubt:.2f})"), "probability": round(doubt, 4)})
+    return listed
+
+
+def _doubts(probabilities: np.ndarray, given: np.ndarray) -> list[tuple[float, int, int]]:
+    """(probability of the other class, row, other class) of rows whose label confident learning contradicts."""
+    rows, classes = np.arange(len(given)), probabilities.shape[1]
+    own = probabilities[rows, given]
+    counts = np.bincount(given, minlength=classes)
+    threshold = np.bincount(given, own, classes) / np.maximum(counts, 1)
+    threshold[counts == 0] = np.inf
+    above = np.where(probabilities >= threshold, probabilities, -1.0)
+    other = above.argmax(axis=1)
+    doubtful = np.flatnonzero((above[rows, other] >= 0) & (other != given) & (own < 1 - SURE))
+    return [(float(probabilities[row, other[row]]), int(row), int(other[row])) for row in doubtful]
+
+
+def class_sizes(dataset: Dataset, groups: np.ndarray, splits: np.ndarray | None) -> Findings:
+    """Classes that are rare beside the others, small at all, or missing from a split."""
+    labels = dataset.labels
+    if dataset.task == "single-label":
+        labels = labels[:, None] == np.arange(len(dataset.classes))
+    counts = labels.astype(bool).sum(axis=0)
+    result: Findings = {"imbalance": [], "few_images": [], "missing_class": []}
+    for index, name in enumerate(dataset.classes):
+        own = np.flatnonzero(labels[:, index])
+        distinct = len(np.unique(groups[own]))
+        if counts[index] * IMBALANCE <= counts.max():
+            text = f"class {name} has {counts[index]} images, the most frequent {counts.max()}: keep class weights on"
+            result["imbalance"].append(found([], text))
+        if distinct < FEW:
+            text = f"class {name} has {distinct} distinct image{'s' if distinct != 1 else ''}: add some"
+            result["few_images"].append(found([dataset.ids[row] for row in own.tolist()], text))
+        if splits is None or not len(own):
+            continue
+        for split in sorted(set(splits.tolist()) - set(splits[own].tolist())):
+            result["missing_class"].append(found([], f"class {name} has no image in {split}"))
+    return result
+
+
+def picture_sizes(dataset: Dataset, scan: np.ndarray) -> Findings:
+    """Pictures that are tiny, much longer than wide, far from the usual size, or of one colour."""
+    result: Findings = {"tiny": [], "odd_size": [], "blank": []}
+    if not len(scan):
+        return result
+    width, height = scan["width"].astype(float), scan["height"].astype(float)
+    short, long = np.minimum(width, height), np.maximum(width, height)
+    pixels = np.sqrt(width * height)
+    usual = float(np.median(pixels))
+    typical_tiny = np.median(short) < TINY
+    for row in np.flatnonzero(short < TINY).tolist() if not typical_tiny else []:
+        text = f"{dataset.ids[row]} has only {width[row]:.0f} x {height[row]:.0f} pixels"
+        result["tiny"].append(found([dataset.ids[row]], text))
+    if typical_tiny:
+        text = f"half of the images are smaller than {TINY} pixels: a backbone sees them much enlarged"
+        result["tiny"].append(found([], text))
+    odd = (long > 4 * short) | (pixels > 8 * usual) | ((pixels * 8 < usual) & (short >= TINY))
+    for row in np.flatnonzero(odd).tolist():
+        text = (
+            f"{dataset.ids[row]} has {width[row]:.0f} x {height[row]:.0f} pixels, most about {usual:.0f} x {usual:.0f}"
+        )
+        result["odd_size"].append(found([dataset.ids[row]], text))
+    for row in np.flatnonzero(scan["std"] < 1.0).tolist():
+        text = f"{dataset.ids[row]} is of one colour (grey {scan['mean'][row]:.0f}, spread {scan['std'][row]:.1f})"
+        result["blank"].append(found([dataset.ids[row]], text))
+    return result
