@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 
 import numpy as np
@@ -108,7 +109,8 @@ def to_8_bit(values: np.ndarray) -> np.ndarray:
 def to_pixels(image: Image.Image, p: Preprocessing) -> np.ndarray:
     """What the backbone sees, before normalisation: uint8 [size, size, 3].
 
-    The shorter side is resized to `p.resized`, then the centre is cut, with torchvision's rounding.
+    The shorter side is resized to `p.resized`, then the centre is cut, with torchvision's rounding. The width is
+    resized before the height: left to itself Pillow takes either first, by its version and the shape of the image.
     """
     width, height = image.size
     short, long = sorted((width, height))
@@ -117,9 +119,20 @@ def to_pixels(image: Image.Image, p: Preprocessing) -> np.ndarray:
     left, top = round((size[0] - p.size) / 2), round((size[1] - p.size) / 2)
     method = INTERPOLATION[p.interpolation]
     if long > 8 * short:  # a long strip: resize only what is kept, for memory's sake
-        x, y = width / size[0], height / size[1]
-        box = (left * x, top * y, (left + p.size) * x, (top + p.size) * y)
-        return np.asarray(image.resize((p.size, p.size), method, box=box))
-    if size != image.size:
-        image = image.resize(size, method)
+        x, box_left, box_right = central(width, size[0], left, p.size)
+        y, box_top, box_bottom = central(height, size[1], top, p.size)
+        image = image.crop((x.start, y.start, x.stop, y.stop))
+        image = image.resize((p.size, len(y)), method, (box_left, 0, box_right, len(y)))
+        return np.asarray(image.resize((p.size, p.size), method, (0, box_top, p.size, box_bottom)))
+    image = image.resize((size[0], height), method).resize(size, method)
     return np.asarray(image.crop((left, top, left + p.size, top + p.size)))
+
+
+def central(length: int, resized: int, start: int, size: int) -> tuple[range, float, float]:
+    """Pixels of one axis that `size` resized ones from `start` on are made of, and where those begin and end in it."""
+    scale = length / resized
+    margin = 2 * math.ceil(max(scale, 1.0)) + 1
+    first = max(0, math.floor(start * scale) - margin)
+    last = min(length, math.ceil((start + size) * scale) + margin)
+    low = start * scale - first
+    return range(first, last), low, low + size * scale

@@ -25,6 +25,8 @@ from foveal.features.session import Session, cpu_threads, feature_session
 
 T = TypeVar("T")
 
+T = TypeVar("T")
+
 SCAN_VERSION = 1
 CHUNK = 16
 """Images one worker takes at a time."""

@@ -1,0 +1,145 @@
+"""One ONNX file that answers as the trained model, preprocessing included: uint8 photos in, probabilities out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from foveal.backbones.adapter import Backbone, normalise
+from foveal.core.errors import FovealError, UsageError
+from foveal.core.preprocessing import Preprocessing
+from foveal.data.images import to_pixels
+from foveal.evaluate.calibration import Calibrated
+from foveal.features.graph import OPSET, to_onnx
+from foveal.ship.front import front
+
+TOLERANCE = 1e-4
+"""The largest difference of probabilities between ONNX Runtime and torch that is shipped."""
+
+
+class Answer(nn.Module):
+    """A calibrated model with its normalisation: squares uint8 [N, 3, S, S] -> (probabilities, unknown score)."""
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.model = model
+        self.preprocessing = preprocessing
+
+    def forward(self, squares: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model(normalise(squares.permute(0, 2, 3, 1), self.preprocessing))
+
+
+def export_onnx(
+    model: Calibrated,
+    preprocessing: Preprocessing,
+    path: str | Path,
+    *,
+    images: Sequence[Image.Image],
+    classes: Sequence[str],
+    threshold: float,
+) -> dict[str, Any]:
+    """Write `model` to `path` and check it on real images.
+
+    The graph takes `image`, uint8 RGB [N, H, W, 3] with any N, H and W, and gives `probabilities` [N, C] and
+    `unknown_score` [N]. It resizes, cuts and normalises as `foveal` does. Its metadata hold the class names in
+    order, the task, the threshold above which a score means unknown, and the preprocessing.
+
+    Args:
+        images: upright RGB photos to compare with torch on; several sizes are better.
+        threshold: of the unknown score.
+
+    Returns:
+        opset, bytes, engine, images (how many were compared), max_abs_difference (of probabilities) and
+        unknown_max_difference (of scores, relative above 1).
+
+    Raises:
+        UsageError: no images to compare on.
+        FovealError: the model cannot be expressed in ONNX, or its answers differ by more than 1e-4; nothing is kept.
+    """
+    if not images:
+        raise UsageError("export needs at least one image to check the exported model on: got none")
+    path = Path(path)
+    model = copy.deepcopy(model).cpu().eval()
+    write_graph(model, preprocessing, path, classes, threshold)
+    try:
+        record = compare(model, preprocessing, path, images)
+        if not record["max_abs_difference"] <= TOLERANCE:
+            raise FovealError(
+                f"the exported model differs from torch by {record['max_abs_difference']:.1e} in probability, more "
+                f"than {TOLERANCE:.0e}: it was not kept"
+            )
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return {"opset": OPSET, "bytes": path.stat().st_size, **record}
+
+
+def write_graph(
+    model: Calibrated, preprocessing: Preprocessing, path: Path, classes: Sequence[str], threshold: float
+) -> None:
+    import onnx
+
+    size = preprocessing.size
+    example = torch.arange(2 * 3 * size * size).remainder(251).to(torch.uint8).reshape(2, 3, size, size)
+    names = ["probabilities", "unknown_score"]
+    for module in model.modules():
+        if isinstance(module, Backbone):
+            _ = module.model  # a tracer wants the layers built
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx.") as folder:
+        inner = Path(folder) / "model.onnx"
+        try:
+            dynamic = {name: {0: "N"} for name in ("squares", *names)}
+            to_onnx(Answer(model, preprocessing).eval(), (example,), inner, ["squares"], names, dynamic)
+        except Exception as error:  # the exporter raises many kinds, most of them from inside a model's own code
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise FovealError(f"this model cannot be expressed in ONNX ({reason}): use the Bundle itself") from error
+        graph = onnx.compose.merge_models(
+            front(preprocessing, onnx.load(inner).ir_version, OPSET), onnx.load(inner), [("squares", "squares")]
+        )
+    onnx.helper.set_model_props(
+        graph,
+        {
+            "classes": json.dumps(list(classes), ensure_ascii=False),
+            "task": model.task,
+            "unknown_threshold": repr(float(threshold)),
+            "preprocessing": json.dumps(preprocessing.to_dict()),
+        },
+    )
+    graph.producer_name = "foveal"
+    onnx.checker.check_model(graph)
+    onnx.save(graph, path)
+
+
+def compare(
+    model: Calibrated, preprocessing: Preprocessing, path: Path, images: Sequence[Image.Image]
+) -> dict[str, Any]:
+    """How far ONNX Runtime's answers are from torch's on real images."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    worst, worst_score = 0.0, 0.0
+    for image in images:
+        pixels = torch.from_numpy(to_pixels(image, preprocessing).copy())[None]
+        with torch.inference_mode():
+            expected, score = (each.numpy() for each in model(normalise(pixels, preprocessing)))
+        answers = cast("list[np.ndarray]", session.run(None, {"image": np.asarray(image.convert("RGB"))[None]}))
+        worst = max(worst, float(np.abs(answers[0] - expected).max()))
+        gap = np.abs(answers[1] - score) / np.maximum(1, np.abs(score))
+        worst_score = max(worst_score, float(gap.max()))
+    return {
+        "engine": f"onnxruntime {onnxruntime.__version__}",
+        "images": len(images),
+        "max_abs_difference": worst,
+        "unknown_max_difference": worst_score,
+    }
