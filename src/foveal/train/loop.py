@@ -114,7 +114,7 @@ def train(
     with torch.random.fork_rng(devices):
         stopped = state.go()
     accelerator.wait_for_everyone()
-    finished = method.finish(model).to("cpu").eval()
+    finished = method.finish(model).to("cpu", memory_format=torch.contiguous_format).eval()
     steps = state.steps_per_epoch
     return TrainResult(finished, state.history, position.step / steps, stopped)
 

@@ -66,7 +66,7 @@ class PromptedClassifier(SteadyClassifier):
             if index < len(self.prompts):
                 if index > 0:
                     tokens = strip_prompts(tokens, count, prefix)
-                expanded = self.prompts[index].expand(len(tokens), -1, -1)
+                expanded = self.prompts[index].expand(tokens.shape[0], -1, -1)
                 tokens = insert_prompts(tokens, self.dropout(expanded).to(tokens.dtype), prefix)
             tokens = block(tokens)
         return backbone.finish_tokens(strip_prompts(tokens, count, prefix))
