@@ -17,6 +17,7 @@ from foveal.evaluate.card import write_card
 from foveal.evaluate.cost import cost
 from foveal.evaluate.metrics import measure
 from foveal.evaluate.report import ReportContext, write_report
+from foveal.features.session import feature_session
 from foveal.ship.bundle import save_weights
 from foveal.verbs._adapt import Adapted
 from foveal.verbs._findings import find, unseen_probabilities
@@ -108,7 +109,10 @@ def write_bundle(
         save_weights(model, folder / "model.safetensors")
         write_json(folder / "calibration.json", calibration)
         write_json(folder / "metrics.json", metrics)
-        spent = cost(adapted.classifier, backbone.preprocessing, adapted.trained_params, folder, device=device)
+        session = feature_session(backbone, device=device) if adapted.method.reads_features() else None
+        spent = cost(
+            adapted.classifier, backbone.preprocessing, adapted.trained_params, folder, device=device, session=session
+        )
         write_json(folder / "cost.json", spent)
         context = ReportContext(
             manifest=manifest,
