@@ -30,16 +30,28 @@ def near_duplicate_groups(phash: np.ndarray, X: np.ndarray | None = None) -> np.
         phash: uint64 [n, 4] (`SCAN["phash"]`), or any number of 64-bit words.
         X: float [n, D] features, may be memory-mapped; rows are read as needed.
     """
+    if not len(phash):
+        return np.zeros(0, np.int64)
     phash = np.ascontiguousarray(phash, dtype=np.uint64).reshape(len(phash), -1)
     first, copy_of = exact_copies(phash, X)
-    groups = Forest(len(first))
-    for left, right, apart in close_pairs(phash[first], SAME[0] if X is None else ALIKE[0]):
+    hashes, groups = phash[first], Forest(len(first))
+
+    def join(left: np.ndarray, right: np.ndarray, apart: np.ndarray) -> None:
         new = groups.root[left] != groups.root[right]
+        left, right, apart = left[new], right[new], apart[new]
         if X is not None:
-            left, right, apart = left[new], right[new], apart[new]
             alike = cosine(X, first[left], first[right])
-            new = (alike >= ALIKE[1]) | ((apart <= SAME[0]) & (alike >= SAME[1]))
-        groups.join(left[new], right[new])
+            kept = (alike >= ALIKE[1]) | ((apart <= SAME[0]) & (alike >= SAME[1]))
+            left, right = left[kept], right[kept]
+        groups.join(left, right)
+
+    # Pictures of one colour share a hash: those with like features are joined first, and one then stands for all.
+    order = np.lexsort(hashes.T)
+    equal = np.flatnonzero((hashes[order[:-1]] == hashes[order[1:]]).all(axis=1))
+    join(order[equal], order[equal + 1], np.zeros(len(equal), np.int64))
+    _, leaders = np.unique(np.column_stack([hashes, groups.root.astype(np.uint64)]), axis=0, return_index=True)
+    for left, right, apart in close_pairs(hashes[leaders], SAME[0] if X is None else ALIKE[0]):
+        join(leaders[left], leaders[right], apart)
     _, seen, number = np.unique(groups.root[copy_of], return_index=True, return_inverse=True)
     return np.argsort(np.argsort(seen))[number].astype(np.int64)
 
@@ -58,18 +70,19 @@ def exact_copies(phash: np.ndarray, X: np.ndarray | None) -> tuple[np.ndarray, n
 
 
 def close_pairs(hashes: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Batches of (left, right, bits apart) of all pairs of hashes [n, words] at most `radius` bits apart.
+    """Batches of (left, right, bits apart): every pair of hashes [n, words] at most `radius` bits apart, once.
 
-    Multi-index hashing (Norouzi, Punjani, Fleet 2012): cut the bits into radius + 1 chunks; hashes within the radius
-    agree on at least one. Sorted by that chunk, candidates are neighbours. A pair may come up more than once.
+    Multi-index hashing (Norouzi, Punjani, Fleet 2012): deal the bits into radius + 1 chunks; hashes within the radius
+    agree on at least one. Sorted by that chunk, candidates are neighbours. Bits are dealt by their entropy, so that no
+    chunk is nearly constant where all pictures look alike.
     """
     n, words = hashes.shape
     bits = np.unpackbits(hashes.view(np.uint8), axis=1)
-    for chunk_bits in np.array_split(np.arange(64 * words), radius + 1):
-        packed = np.packbits(bits[:, chunk_bits], axis=1)
-        chunk = np.zeros(n, np.uint64)
-        for column in packed.T:
-            chunk = (chunk << np.uint64(8)) | column
+    evenness = np.abs(bits.mean(axis=0) - 0.5)
+    weights = np.uint64(1) << np.arange(64, dtype=np.uint64)
+    dealt = [np.argsort(evenness, kind="stable")[start :: radius + 1][:64] for start in range(radius + 1)]
+    chunks = np.stack([bits[:, chunk] @ weights[: len(chunk)] for chunk in dealt])
+    for number, chunk in enumerate(chunks):
         order = np.argsort(chunk, kind="stable")
         chunk, ordered = chunk[order], hashes[order]
         alive, distance = np.arange(n), 1
@@ -81,8 +94,10 @@ def close_pairs(hashes: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, n
                 apart = apart + np.bitwise_count(ordered[near, word] ^ ordered[near + distance, word])
                 kept = apart <= radius
                 near, apart = near[kept], apart[kept]
-            if len(near):
-                yield order[near], order[near + distance], apart
+            left, right = order[near], order[near + distance]
+            new = (chunks[:number, left] != chunks[:number, right]).all(axis=0)
+            if new.any():
+                yield left[new], right[new], apart[new]
             distance += 1
 
 
@@ -183,12 +198,12 @@ def copies(
     for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
         if len(rows) < 2:
             continue
-        names: list[str] = [dataset.ids[row] for row in rows.tolist()]
+        names = [dataset.ids[int(row)] for row in rows]
         kind, what = ("near_duplicate", "nearly the same") if np.ptp(exact[rows]) else ("duplicate", "the same")
         result[kind].append(found(names, f"{len(rows)} images show {what}: {few(names)}"))
         if splits is not None and len(sides := sorted({str(split) for split in splits[rows]})) > 1:
             result["leak"].append(found(names, f"copies in {' and '.join(sides)}: {few(names)}"))
-        labels = [labels_of(dataset, row) for row in rows.tolist()]
+        labels = [labels_of(dataset, int(row)) for row in rows]
         if len(set(labels)) > 1:
             listed = [f"{name} ({label})" for name, label in zip(names, labels, strict=True)]
             result["conflicting_label"].append(found(names, f"copies with different labels: {few(listed)}"))

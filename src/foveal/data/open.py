@@ -14,6 +14,7 @@ from PIL import Image
 from foveal.core.errors import DataError
 from foveal.data.dataset import Dataset, printable, read_file, unique
 from foveal.data.folder import open_folder, walk
+from foveal.data.images import to_rgb, upright
 
 FORMS = (
     "a folder of class folders, a folder with train/ val/ test/, a .csv or .parquet with columns image,label[,split], "
@@ -99,13 +100,17 @@ def open_images(images: Sequence[str | Path | Image.Image | np.ndarray]) -> Data
 
 
 def as_image(given: Image.Image | np.ndarray) -> Image.Image:
-    """A PIL image of a PIL image or a uint8 array.
+    """An upright PIL image, loaded, of a PIL image or a uint8 array.
 
     Raises:
-        DataError: another type or shape.
+        DataError: another type or shape, or a PIL image that is truncated.
     """
     if isinstance(given, Image.Image):
-        return given
+        try:
+            given.load()
+        except Exception as error:  # decoders meet damaged bytes with errors of any type
+            raise DataError(f"an image came as a PIL image that cannot be loaded ({error})") from None
+        return upright(given)
     what = type(given).__name__
     if isinstance(given, np.ndarray):
         if given.dtype == np.uint8 and given.size and (given.ndim == 2 or given.shape[2:] in ((3,), (4,))):
@@ -125,6 +130,9 @@ class Given:
         if isinstance(item, str):
             return read_file(item)
         buffer = io.BytesIO()
-        lossless = "PNG" if item.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA") else "TIFF"
-        item.save(buffer, lossless, **({"compress_level": 1} if lossless == "PNG" else {}))
+        if item.mode in ("I", "F"):
+            item.save(buffer, "TIFF")
+        else:
+            lossless = item.mode in ("1", "L", "LA", "I;16", "P", "RGB", "RGBA")
+            (item if lossless else to_rgb(item)).save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()

@@ -38,7 +38,7 @@ def make_split(
     """
     if test < 0 or val < 0 or test + val >= 1:
         raise UsageError(f"test={test}, val={val}: expected fractions from 0 that leave some images to train on")
-    stock = Stock.of(labels, groups)
+    stock = Stock.of(labels, groups, classes)
     if labels.ndim == 1 and stock.groups_with.astype(bool).sum() < 2:
         only = name_of(int(labels[0]), classes) if len(labels) else "none"
         raise DataError(f"all {len(labels)} images are of class {only}: expected at least two classes")
@@ -61,7 +61,7 @@ def folds(
     """
     if k < 2:
         raise UsageError(f"{k} folds: expected at least 2")
-    stock = Stock.of(labels, groups)
+    stock = Stock.of(labels, groups, classes)
     stock.require(2, "one to learn from when the other is held out", classes)
     parts = stock.share(np.full(k, 1 / k), seed)
     stock.spread(parts)
@@ -89,11 +89,12 @@ class Stock:
     groups_with: np.ndarray
 
     @staticmethod
-    def of(labels: np.ndarray, groups: np.ndarray) -> Stock:
+    def of(labels: np.ndarray, groups: np.ndarray, classes: Sequence[str] | None) -> Stock:
         _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
         group_of = np.argsort(np.argsort(first))[group_of]  # numbered as they appear: group ids do not matter
         if labels.ndim == 1:
-            image, label, width = np.arange(len(labels)), labels, int(labels.max(initial=-1)) + 1
+            image, label = np.arange(len(labels)), labels
+            width = max(int(labels.max(initial=-1)) + 1, len(classes or ()))
         else:
             image, label = np.nonzero(labels)
             width = labels.shape[1]

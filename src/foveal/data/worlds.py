@@ -10,8 +10,7 @@ from foveal.core.seeds import generator
 
 
 def garbage(n: int, size: int, seed: int) -> np.ndarray:
-    """Pictures of nothing, uint8 [n, size, size, 3]: noise of several spectra, gradients, stripes, checkerboards, blobs,
-    flat colours.
+    """Pictures of nothing, uint8 [n, size, size, 3]: noise, gradients, stripes, checkerboards, blobs, flat colours.
 
     The KINDS take turns, a round in colours at random and a round in grey. Image i depends on the seed, the size and i
     alone.
