@@ -113,7 +113,9 @@ def make_context(
         "cost": {
             "parameters": {"total": 3_384_624, "trained": 2562},
             "macs": 407_000_000,
+            "bytes": 13_600_000,
             "latency": [{"batch": 1, "threads": 2, "engine": "onnxruntime", "milliseconds": 6.21}],
+            "throughput": [{"batch": 8, "threads": 2, "engine": "onnxruntime", "images_per_second": 290.1}],
         },
         "findings": {
             "corrupt": [{"images": ["broken.png"], "message": "broken.png: truncated"}],

@@ -9,23 +9,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from foveal.evaluate.report import (
+from foveal.evaluate.page import (
     METRICS,
     MULTI_LABEL,
     REFERENCES,
-    ReportContext,
     environment,
     figure,
     fixed,
-    flatten,
     interval_text,
     listed,
     percent,
     plain,
-    provenance,
-    trained,
-    verdict,
 )
+from foveal.evaluate.report import ReportContext, cost_rows, provenance, trained, verdict
 
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "auroc": "roc_auc", "balanced_accuracy": "balanced_accuracy"}
 
@@ -73,7 +69,7 @@ def write_card(path: str | Path, context: ReportContext) -> None:
         "unknown": unknown["name"],
         "recall": percent(unknown.get("recall")),
         "garbage_caught": percent(unknown.get("garbage_caught")),
-        "cost": list(flatten(context["cost"])),
+        "cost": list(cost_rows(context["cost"])),
         "provenance": list(provenance(manifest, metrics)),
         "version": version("foveal"),
     }

@@ -52,9 +52,8 @@ class Frame:
     def svg(self, parts: Sequence[str], title: str) -> Markup:
         width, height = self.left + self.width + 14, self.top + self.height + 40
         return Markup(
-            f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(title)}">'
-            + "".join(parts)
-            + "</svg>"
+            f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" style="max-width:{1.15 * width:.0f}px" '
+            f'role="img" aria-label="{escape(title)}">' + "".join(parts) + "</svg>"
         )
 
 
@@ -111,7 +110,7 @@ def unknown_chart(histogram: Mapping[str, Sequence[float]], threshold: float) ->
         shares[kind] = [count / total for count in histogram[kind]]
     low, high = min(edges[0], threshold), max(edges[-1], threshold)
     top = max(max(shares["known"]), max(shares["garbage"])) * 1.12 or 1
-    frame = Frame((low, high), (0, top), width=440, height=190)
+    frame = Frame((low, high), (0, top), width=330, height=180)
     parts = frame.axes("unknown score", "share of images", ticks(low, high, 5), ticks(0, top, 3))
     for kind, colour in (("garbage", "warm"), ("known", "accent")):
         points = [frame.at(edges[0], 0)]

@@ -1,32 +1,30 @@
-"""report.html and comparison.html: one file each, with no script and nothing loaded from elsewhere."""
+"""report.html: what was trained, how good it is and how it fails; one file, no script, nothing loaded."""
 
 from __future__ import annotations
 
 import base64
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from foveal.evaluate.charts import curves_chart, drawn, place, reliability_chart, unknown_chart
+from foveal.evaluate.page import (
+    METRICS,
+    MULTI_LABEL,
+    REFERENCES,
+    count,
+    duration,
+    figure,
+    fixed,
+    flatten,
+    interval_text,
+    lane,
+    listed,
+    percent,
+    sentence,
+    write_page,
+)
 
-METRICS = {
-    "accuracy": ("Accuracy", "share of images answered right"),
-    "balanced_accuracy": ("Balanced accuracy", "mean over classes of the share answered right"),
-    "macro_f1": ("Macro F1", "mean over classes of the balance of precision and recall"),
-    "auroc": ("AUROC", "chance that an image of a class scores higher for it than one that is not"),
-    "map": ("mAP", "mean over labels of average precision"),
-    "ece": ("ECE", "gap between stated probability and share right; lower is better"),
-}
-MULTI_LABEL = {
-    "accuracy": ("Accuracy", "share of images with every label right"),
-    "balanced_accuracy": ("Balanced accuracy", "mean over labels of the shares of its presences and absences found"),
-}
-REFERENCES = {"majority": "majority class", "brightness": "brightness alone"}
 FINDINGS = {
     "corrupt": "files that cannot be decoded, set aside",
     "leak": "groups of copies on both sides of the given splits",
@@ -110,82 +108,10 @@ def write_report(path: str | Path, context: ReportContext) -> None:
         "unknown": unknown(context["calibration"]["unknown"]),
         "curves": curves(metrics.get("history") or []),
         "mistakes": [shot(mistake) for mistake in context["mistakes"][:SHOWN_MISTAKES]],
-        "cost": list(flatten(context["cost"])),
+        "cost": list(cost_rows(context["cost"])),
         "provenance": list(provenance(manifest, metrics)),
     }
     write_page(path, "report.html.j2", page)
-
-
-def write_comparison(path: str | Path, rows: Sequence[Mapping[str, Any]], context: Mapping[str, Any]) -> None:
-    """Write comparison.html.
-
-    Args:
-        rows: one per method, best first, reference rows last: `method`, `seeds`, each metric as the mean over seeds and
-            `<metric>_std` (None for one seed), `seconds`, `trained_params`, `total_params`, `images_per_second`.
-        context: `data`, `backbone`, `images`, `classes`, `reading_seconds`, and `rows`: the same per method and seed.
-    """
-    each = list(context["rows"])
-    seeds = sorted({row["seed"] for row in each})
-    methods = [row for row in rows if row["method"] not in REFERENCES]
-    names = [name for name in METRICS if any(row.get(name) is not None for row in rows)]
-    columns = {
-        "seconds": "seconds to fit",
-        "trained_params": "trained parameters",
-        "total_params": "all parameters",
-        "images_per_second": "images/s",
-    }
-    page = {
-        "title": f"{context['data']}: {count(len(methods))} method{'' if len(methods) == 1 else 's'} compared",
-        "subtitle": f"{count(context['images'])} images, {count(len(context['classes']))} classes, on frozen or "
-        f"fine-tuned {context['backbone']}; measured on test images that training never saw.",
-        "verdict": comparison_verdict(methods, rows, len(seeds)),
-        "plots": [dot_plot(name, rows, each) for name in ("balanced_accuracy", "auroc") if name in names],
-        "seeds": len(seeds),
-        "columns": ["method", *(METRICS[name][0] for name in names), *columns.values()],
-        "table": [
-            {
-                "name": REFERENCES.get(row["method"], row["method"]),
-                "kind": "reference" if row["method"] in REFERENCES else "chosen" if row is rows[0] else "",
-                "cells": [spread(row, name) for name in names] + [quantity(row.get(name)) for name in columns],
-            }
-            for row in rows
-        ],
-        "provenance": [
-            ("data", f"{context['data']}: {count(context['images'])} images"),
-            ("classes", listed(context["classes"])),
-            ("backbone", context["backbone"]),
-            ("seeds", ", ".join(map(str, seeds))),
-            ("reading images and computing features", duration(context.get("reading_seconds"))),
-            ("majority class", "always answers the most frequent class of the training split"),
-            ("brightness alone", "logistic regression on the mean and standard deviation of each image"),
-        ],
-    }
-    write_page(path, "comparison.html.j2", page)
-
-
-@cache
-def environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("foveal.evaluate", "templates"),
-        autoescape=lambda name: bool(name) and ".html" in name,
-        undefined=StrictUndefined,
-        finalize=lambda value: plain(value) if type(value) is str else value,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-
-
-def write_page(path: str | Path, template: str, page: Mapping[str, Any]) -> None:
-    text = environment().get_template(template).render(version=version("foveal"), **page)
-    Path(path).write_bytes(text.encode("utf-8", "backslashreplace"))
-
-
-def plain(text: str) -> str:
-    """Text that any file may hold: undecodable bytes of file names and control characters become \\x escapes."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def subtitle(manifest: Mapping[str, Any]) -> str:
@@ -221,7 +147,8 @@ def tiles(context: ReportContext) -> Iterator[dict[str, str]]:
     metrics, unknown = context["metrics"], context["calibration"]["unknown"]
     for name in ("balanced_accuracy", "auroc", "ece"):
         entry = metrics[name]
-        yield {"name": METRICS[name][0], "value": fixed(entry["value"]), "about": interval_text(entry)}
+        about = interval_text(entry) + (" (0 is best)" if name == "ece" else "")
+        yield {"name": METRICS[name][0], "value": fixed(entry["value"]), "about": about}
     yield {
         "name": "Garbage called unknown",
         "value": percent(unknown.get("garbage_caught")),
@@ -244,7 +171,7 @@ def trained(context: ReportContext) -> Iterator[tuple[str, str]]:
     if data.get("near_duplicate_images"):
         yield "copies", f"{count(data['near_duplicate_images'])} images are near-copies of another"
     if data.get("set_aside"):
-        yield "set aside", f"{count(len(data['set_aside']))} files that cannot be decoded"
+        yield "set aside", f"{count(len(data['set_aside']))} that cannot be decoded"
     yield "class weights", str(manifest.get("class_weights", "none"))
     if manifest.get("seconds") is not None:
         yield "time", duration(manifest["seconds"])
@@ -273,7 +200,7 @@ def findings(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str,
     order = [*(kind for kind in FINDINGS if kind in found), *(kind for kind in found if kind not in FINDINGS)]
     return [
         {
-            "name": FINDINGS.get(kind, kind.replace("_", " ")),
+            "name": sentence(FINDINGS.get(kind, kind.replace("_", " ")))[:-1],
             "count": len(found[kind]),
             "messages": [row["message"] for row in found[kind][:SHOWN_FINDINGS]],
             "more": max(0, len(found[kind]) - SHOWN_FINDINGS),
@@ -291,26 +218,17 @@ def interval_about(metrics: Mapping[str, Any]) -> str:
 def forest(metrics: Mapping[str, Any], multi: bool) -> Iterator[dict[str, Any]]:
     """Each metric with its interval, above those of the references."""
     at = place(0.0, 1.0)
+    sources = {"this model": metrics}
+    sources |= {REFERENCES.get(name, name): row for name, row in metrics.get("references", {}).items()}
     for name, about in METRICS.items():
-        if name not in metrics:
-            continue
-        rows = [("this model", metrics[name], "")]
-        for key, row in metrics.get("references", {}).items():
-            if name in row:
-                rows.append((REFERENCES.get(key, key), row[name], str(row.get("about", ""))))
-        title, description = MULTI_LABEL.get(name, about) if multi else about
-        lanes = [{"name": label, "text": figure(entry), "about": tip, **lane(entry, at)} for label, entry, tip in rows]
-        yield {"name": title, "about": description, "lanes": lanes}
-
-
-def lane(entry: Mapping[str, Any], at: Any) -> dict[str, str | None]:
-    """CSS positions of a value and its interval."""
-    if entry["value"] is None:
-        return {"at": None, "left": None, "width": None}
-    if entry["low"] is None:
-        return {"at": at(entry["value"]), "left": None, "width": None}
-    left, right = at(entry["low"]), at(entry["high"])
-    return {"at": at(entry["value"]), "left": left, "width": f"{float(right[:-1]) - float(left[:-1]):.2f}%"}
+        if name in metrics:
+            title, description = MULTI_LABEL.get(name, about) if multi else about
+            lanes = [
+                {"name": label, "text": figure(source[name]), **lane(source[name], at)}
+                for label, source in sources.items()
+                if name in source
+            ]
+            yield {"name": title, "about": description, "lanes": lanes}
 
 
 def per_class(rows: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -445,138 +363,22 @@ def provenance(manifest: Mapping[str, Any], metrics: Mapping[str, Any]) -> Itera
     yield "versions", ", ".join(f"{library} {release}" for library, release in manifest.get("foveal", {}).items())
 
 
-def comparison_verdict(
-    methods: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], seeds: int
-) -> dict[str, str]:
-    judged = [row for row in methods if row.get("balanced_accuracy") is not None]
-    if not judged:
-        return {"tone": "care", "text": "No method could be judged on these images."}
-    best, *others = sorted(judged, key=lambda row: -row["balanced_accuracy"])
-    text = f"Best balanced accuracy: {best['method']}, {spread(best, 'balanced_accuracy')}"
-    if others:
-        text += f"; then {others[0]['method']}, {spread(others[0], 'balanced_accuracy')}"
-    text += f", over {seeds} seed{'' if seeds == 1 else 's'}."
-    rivals = [row for row in rows if row["method"] in REFERENCES and row.get("balanced_accuracy") is not None]
-    if rivals:
-        top = max(rivals, key=lambda row: row["balanced_accuracy"])
-        against = f"{REFERENCES[top['method']]} ({fixed(top['balanced_accuracy'])})"
-        if best["balanced_accuracy"] <= top["balanced_accuracy"]:
-            return {"tone": "care", "text": f"{text} It is not above {against}."}
-        below = [row["method"] for row in judged if row["balanced_accuracy"] <= top["balanced_accuracy"]]
-        text += f" {'All are' if not below else 'Not all are'} above {against}"
-        text += f": {', '.join(below)} {'is' if len(below) == 1 else 'are'} not." if below else "."
-    return {"tone": "good", "text": text}
+def cost_rows(cost: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """cost.json in words; what it holds beyond the known, by its own names."""
+    known = {"parameters", "macs", "bytes", "latency", "throughput"}
+    if size := cost.get("parameters"):
+        yield "parameters", f"{count(size['total'])}, of which {count(size['trained'])} were set by training"
+    if cost.get("macs") is not None:
+        yield "multiply-accumulates", f"{cost['macs'] / 1e6:,.1f} million for one image"
+    if cost.get("bytes") is not None:
+        yield "weights on disk", f"{cost['bytes'] / 1e6:,.1f} MB"
+    for row in cost.get("latency", []):
+        images = "one image" if row["batch"] == 1 else f"{row['batch']} images"
+        yield "latency", f"{row['milliseconds']:,.1f} ms for {images} ({where(row)})"
+    for row in cost.get("throughput", []):
+        yield "throughput", f"{row['images_per_second']:,.0f} images/s in batches of {row['batch']} ({where(row)})"
+    yield from flatten({key: value for key, value in cost.items() if key not in known})
 
 
-def dot_plot(name: str, rows: Sequence[Mapping[str, Any]], each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A lane per method: a ring per seed, a dot at the mean, a bar of its 95% t-interval over seeds."""
-    values = [row[name] for row in each if row.get(name) is not None]
-    low = max(0.0, math.floor((min(values) - 0.02) * 20) / 20)
-    high = min(1.0, math.ceil((max(values) + 0.02) * 20) / 20)
-    at = place(low, high)
-    lanes = []
-    for row in rows:
-        own = [one for one in each if one["method"] == row["method"] and one.get(name) is not None]
-        entry = {"value": row.get(name), "low": None, "high": None}
-        deviation = row.get(f"{name}_std")
-        if deviation is not None and len(own) > 1:
-            half = t_quantile(len(own) - 1) * deviation / math.sqrt(len(own))
-            entry |= {"low": entry["value"] - half, "high": entry["value"] + half}
-        dots = [{"at": at(one[name]), "seed": one["seed"], "text": fixed(one[name])} for one in own if len(own) > 1]
-        lanes.append(
-            {
-                "name": REFERENCES.get(row["method"], row["method"]),
-                "reference": row["method"] in REFERENCES,
-                "text": spread(row, name),
-                "dots": dots,
-                **lane(entry, at),
-            }
-        )
-    several = any(len(item["dots"]) > 1 for item in lanes)
-    about = METRICS[name][1][0].upper() + METRICS[name][1][1:] + "."
-    return {
-        "name": METRICS[name][0],
-        "about": about + (" A ring per seed, the mean, and its 95% interval over seeds." if several else ""),
-        "lanes": lanes,
-        "low": f"{low:.2f}",
-        "middle": f"{(low + high) / 2:.3g}",
-        "high": f"{high:.2f}",
-    }
-
-
-def t_quantile(freedom: int) -> float:
-    """The 97.5% quantile of Student's t (exact to the table up to 10 degrees, Cornish-Fisher beyond)."""
-    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-    z = 1.959964
-    return table[freedom - 1] if freedom <= len(table) else z + (z**3 + z) / (4 * freedom)
-
-
-def spread(row: Mapping[str, Any], name: str) -> str:
-    deviation = row.get(f"{name}_std")
-    return fixed(row.get(name)) + (f" ± {deviation:.3f}" if deviation is not None else "")
-
-
-def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested names to rows of text."""
-    for key, value in content.items():
-        name = f"{prefix}{key.replace('_', ' ')}"
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{name}, ")
-        elif isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
-            for place_, item in enumerate(value, 1):
-                yield from flatten(item, f"{name} {place_}, ") if isinstance(item, Mapping) else [(name, str(item))]
-        else:
-            yield name, quantity(value)
-
-
-def quantity(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return count(value)
-    if isinstance(value, float):
-        return count(round(value)) if abs(value) >= 1000 else f"{value:.4g}"
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def fixed(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.0f}%" if value in (0, 1) else f"{100 * value:.1f}%"
-
-
-def count(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
-
-
-def interval_text(entry: Mapping[str, Any]) -> str:
-    return "–" if entry.get("low") is None else f"{entry['low']:.3f} to {entry['high']:.3f}"
-
-
-def figure(entry: Mapping[str, Any]) -> str:
-    """0.803 [0.771, 0.833]"""
-    if entry["value"] is None:
-        return "not defined"
-    return f"{entry['value']:.3f}" + (f" [{entry['low']:.3f}, {entry['high']:.3f}]" if entry["low"] is not None else "")
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 120:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def listed(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def sentence(text: str) -> str:
-    text = text.strip()
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".") if text else ""
+def where(row: Mapping[str, Any]) -> str:
+    return f"{row['engine']}, {row['threads']} thread{'' if row['threads'] == 1 else 's'}"

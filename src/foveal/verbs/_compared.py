@@ -7,18 +7,16 @@ import json
 import math
 import shutil
 import statistics
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from foveal.backbones.adapter import normalise
 from foveal.core.bundle import atomic_folder, read_json, write_json
 from foveal.data.worlds import garbage
-from foveal.features.session import feature_session, pick_device
-from foveal.verbs._adapt import Adapted, logits_of
+from foveal.evaluate.cost import runner, timed
+from foveal.evaluate.comparison import write_comparison
+from foveal.features.session import feature_session
+from foveal.verbs._adapt import Adapted
 from foveal.verbs._prepare import Prepared
 from foveal.verbs._reference import REFERENCES
 
@@ -82,24 +80,14 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def images_per_second(adapted: Adapted, prepared: Prepared, device: str) -> float:
     """Measured now: decoded images through the model, as `foveal predict` runs it."""
     preprocessing = prepared.backbone.preprocessing
+    session = feature_session(prepared.backbone, device=device) if adapted.method.reads_features() else None
+    run, _, _ = runner(adapted.classifier, preprocessing, device, session)
     pixels = garbage(TIMED, preprocessing.size, 0)
-    if adapted.method.reads_features():
-        session = feature_session(prepared.backbone, device=device)
-        run = lambda: logits_of(adapted.classifier.head, torch.from_numpy(session(pixels)))  # noqa: E731
-    else:
-        target = pick_device(device)
-        model, images = adapted.classifier.to(target), normalise(torch.from_numpy(pixels).to(target), preprocessing)
-        run = torch.inference_mode()(lambda: model(images).cpu())
-    run()
-    start = time.perf_counter()
-    run()
-    return round(TIMED / (time.perf_counter() - start), 1)
+    return round(TIMED / timed(lambda: run(pixels)), 1)
 
 
 def write_tables(out: Path, content: dict[str, Any]) -> None:
     """comparison.json, comparison.csv and comparison.html, all or none."""
-    from foveal.evaluate.report import write_comparison
-
     with atomic_folder(out) as folder:
         write_json(folder / "comparison.json", content)
         with (folder / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
