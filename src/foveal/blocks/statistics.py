@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foveal.core.errors import DataError
 
-CHUNK = 2048
+CHUNK = 512
 
 
 def chunks(rows: int, size: int = CHUNK) -> Iterator[slice]:
@@ -34,7 +34,7 @@ def check_rows(X: Tensor, y: Tensor, weights: Tensor, several: bool = True) -> i
             f"features {tuple(X.shape)}, labels {tuple(y.shape)} and weights {tuple(weights.shape)} disagree: "
             "expected [n, D], [n] or [n, C], and [n] with n of at least 1"
         )
-    if not bool(torch.isfinite(X.sum(dtype=torch.float64))):
+    if not all(bool(X[rows].isfinite().all()) for rows in chunks(len(X))):
         raise DataError("features hold NaN or infinity: remove those rows, or check the backbone's weights")
     if not bool((weights > 0).all()):
         raise DataError("weights must be positive, one per image")

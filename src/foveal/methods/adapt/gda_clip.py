@@ -29,11 +29,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foveal.blocks.heads import linear_head
 from foveal.blocks.statistics import check_rows, chunks
 from foveal.core.method import Adapt, Spec, method
 from foveal.core.options import option, options
 
-COLUMNS = 320
+ROWS, COLUMNS = 2048, 320
 
 
 @dataclass(frozen=True)
@@ -113,17 +114,14 @@ class GdaClip(Adapt):
     def fit_features(self, X: Tensor, y: Tensor, weights: Tensor, seed: int) -> nn.Module:
         classes = check_rows(X, y, weights, several=False)
         total: Statistics | None = None
-        for rows in chunks(len(X)):
+        for rows in chunks(len(X), ROWS):
             block = Statistics.of(F.normalize(X[rows]), y[rows], weights[rows], classes)
             total = block if total is None else total.merge(block)
         assert total is not None
         share = total.weight if self.options.prior == "observed" else torch.ones_like(total.weight)
         W, b = discriminant(total, share / share.sum())
-        head = NormalisedLinear(X.shape[1], classes)
-        with torch.no_grad():
-            head.weight.copy_(W.T)
-            head.bias.copy_(b)
-        return head
+        weight = W.T - W.mean(1)  # what all classes share changes no probability, but costs float32 digits
+        return linear_head(weight, b - b.mean(), NormalisedLinear)
 
     def head(self, shapes: Mapping[str, torch.Size]) -> nn.Module:
         classes, width = shapes["weight"]

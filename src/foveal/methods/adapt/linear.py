@@ -19,9 +19,9 @@ no linear layer can; with classes that are scattered clusters, `nn-revisit` foll
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from foveal.blocks.heads import linear_head
 from foveal.blocks.logistic import logistic_regression
 from foveal.blocks.statistics import check_rows
 from foveal.core.method import Adapt, Spec, method
@@ -35,15 +35,6 @@ class Options:
     c: float = option(
         0.0, "inverse strength of the L2 penalty (scikit-learn's C); 0 chooses it by held-out log-loss", ge=0
     )
-
-
-def linear_layer(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """An `nn.Linear` that computes weight [C, D] @ x + bias [C]."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0])
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
-    return layer
 
 
 @method(
@@ -61,4 +52,4 @@ class Linear(Adapt):
         classes = check_rows(X, y, weights)
         c: float = self.options.c
         fitted = logistic_regression(X, y, weights, classes, c=c, seed=seed, tolerance=2e-6 if c else 1e-4)
-        return linear_layer(fitted.weight, fitted.bias)
+        return linear_head(fitted.weight, fitted.bias)

@@ -25,6 +25,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from foveal.blocks.heads import linear_head
 from foveal.blocks.statistics import ClassMoments, check_rows, class_moments
 from foveal.core.method import Adapt, Spec, method
 from foveal.core.options import option, options
@@ -71,8 +72,4 @@ class NaiveBayesProbe(Adapt):
         moments = class_moments(X, y, weights, classes)
         eps = self.options.eps or default_eps(shared_variance(moments))
         weight, bias = naive_bayes(moments, moments.weight / moments.weight.sum(), eps)
-        head = nn.Linear(X.shape[1], classes)
-        with torch.no_grad():
-            head.weight.copy_(weight)
-            head.bias.copy_(bias)
-        return head
+        return linear_head(weight, bias)

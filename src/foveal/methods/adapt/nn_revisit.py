@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foveal.blocks.heads import linear_head
 from foveal.blocks.logistic import Tuned, logistic_regression
 from foveal.blocks.statistics import check_rows, chunks, class_moments
 from foveal.core.errors import UsageError
@@ -43,7 +44,7 @@ TEMPERATURES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.1, 1.0, 
 MIXES = tuple(i / 20 for i in range(20))
 TUNING_ROWS = 1024
 TUNING_ENTRIES = 2**24
-QUERIES = 256
+TILE = 2**21
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,16 @@ class Datastore:
         norms = torch.cat([(X[rows] - mean).norm(dim=1) for rows in chunks(len(X))])
         return Datastore(X, mean, torch.where(norms > 0, 1 / norms, 0.0))
 
+    @property
+    def queries(self) -> int:
+        """How many queries to answer at once, for flat memory."""
+        return max(16, TILE // len(self.features))
+
     def similarities(self, q: Tensor) -> Tensor:
         """Minus the squared distance of queries q [B, D] to all rows [B, n], up to a constant of the query."""
-        centred = q - self.mean
-        products = F.normalize(centred) @ self.features.T - (F.normalize(centred) @ self.mean)[:, None]
-        return 2 * products * self.inverse - (self.inverse > 0).to(q.dtype)
+        direction = F.normalize(q - self.mean)
+        products = direction @ self.features.T - (direction @ self.mean)[:, None]
+        return products * (2 * self.inverse) - (self.inverse > 0).to(q.dtype)
 
 
 def nearest(store: Datastore, q: Tensor, k: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -84,13 +90,13 @@ def nearest(store: Datastore, q: Tensor, k: int, own: Tensor | None = None) -> t
     if k > available:
         warnings.warn(f"k={k} exceeds the {available} rows to choose from: using {available}", stacklevel=2)
         k = available
-    found: list[tuple[Tensor, ...]] = []
-    for rows in chunks(len(q), QUERIES):
+    best, index = torch.empty(len(q), k, dtype=q.dtype), torch.empty(len(q), k, dtype=torch.int64)
+    for rows in chunks(len(q), store.queries):
         similarity = store.similarities(q[rows])
         if own is not None:
             similarity.scatter_(1, own[rows, None], -torch.inf)
-        found.append(tuple(similarity.topk(k, 1)))
-    return torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
+        best[rows], index[rows] = similarity.topk(k, 1)
+    return best, index
 
 
 def vote(similarity: Tensor, labels: Tensor, temperature: Tensor | float, log_weights: Tensor | float = 0.0) -> Tensor:
@@ -172,7 +178,7 @@ class NeighbourMix(nn.Module):
 
     def __init__(self, n: int, width: int, classes: int, k: int, several: bool) -> None:
         super().__init__()
-        self.register_buffer("features", torch.zeros(n, width))
+        self.register_buffer("features", torch.empty(n, width))
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("inverse", torch.zeros(n))
         self.register_buffer("labels", torch.zeros(n, classes, dtype=torch.uint8))
@@ -184,12 +190,13 @@ class NeighbourMix(nn.Module):
         self.linear = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or len(x) <= QUERIES:
-            return self.mixed_logits(x)
-        return torch.cat([self.mixed_logits(part) for part in x.split(QUERIES)])
+        store = Datastore(self.features, self.mean, self.inverse)
+        if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or len(x) <= store.queries:
+            return self.mixed_logits(store, x)
+        return torch.cat([self.mixed_logits(store, part) for part in x.split(store.queries)])
 
-    def mixed_logits(self, x: Tensor) -> Tensor:
-        similarity, rows = Datastore(self.features, self.mean, self.inverse).similarities(x).topk(len(self.ranks), 1)
+    def mixed_logits(self, store: Datastore, x: Tensor) -> Tensor:
+        similarity, rows = store.similarities(x).topk(len(self.ranks), 1)
         p_knn = vote(similarity, self.labels[rows], self.temperature, self.log_weights[rows])
         tiny = torch.finfo(x.dtype).tiny
         if len(self.several):
@@ -233,11 +240,7 @@ class NnRevisit(Adapt):
         store = Datastore.of(X, chosen.normalise)
         fitted = logistic_regression(X, y, self.image_weights(store, y, weights), classes, seed=seed)
         assert fitted.tuned is not None
-        layer = nn.Linear(X.shape[1], classes)
-        with torch.no_grad():
-            layer.weight.copy_(fitted.weight)
-            layer.bias.copy_(fitted.bias)
-
+        layer = linear_head(fitted.weight, fitted.bias)
         k, temperature, mix = self.tuned(store, labels, weights, fitted.tuned, y.ndim == 2, seed)
         if mix == 0:
             return layer
