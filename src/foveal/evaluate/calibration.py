@@ -21,12 +21,14 @@ COLDEST, HOTTEST = 0.05, 20.0
 def fit_temperature(logits: Array, labels: Array, task: Task) -> float:
     """The temperature T in 0.05..20 that minimises the negative log-likelihood of logits / T.
 
-    The likelihood is convex in 1/T, so its derivative has one root: Newton steps, kept inside a bracket.
-    Whatever no temperature can change is left out: rows (entries, when multi-label) where the softmax (sigmoid)
-    is 0 or 1 because of an infinite logit.
+    A share of 1 / (n + 2) of each label is spread evenly (the rule of succession, as in Platt 1999): a model without
+    a mistake on n images has not shown that it makes none, and would otherwise be made certain of everything.
+
+    The likelihood is convex in 1/T, so its derivative has one root: Newton steps, kept inside a bracket. Whatever no
+    temperature can change is left out: classes, rows or (multi-label) entries that an infinite logit decides.
 
     Args:
-        logits: [n, C], of images that were not trained on. -inf and huge values are fine, NaN is not.
+        logits: [n, C], of images that were not trained on. Infinite and huge values are fine, NaN is not.
         labels: [n], or [n, C] when multi-label.
 
     Returns:
@@ -38,35 +40,13 @@ def fit_temperature(logits: Array, labels: Array, task: Task) -> float:
     z, y = np.asarray(logits, dtype=np.float64), np.asarray(labels)
     if np.isnan(z).any():
         raise FovealError("logits hold NaN, so no temperature can be fitted: the model diverged, lower its rate")
-    if task == "multi-label":
-        known = np.isfinite(z)
-        gap, hit = z[known], y[known].astype(np.float64)
-
-        def slope(b: float) -> tuple[float, float]:
-            p = 0.5 * (1 + np.tanh(0.5 * b * gap))
-            return float(np.mean((p - hit) * gap)), float(np.mean(p * (1 - p) * gap**2))
-    else:
-        own = z[np.arange(len(z)), y.astype(np.int64)]
-        known = np.isfinite(own) & (z < np.inf).all(1)
-        gap = z[known] - z[known].max(1, keepdims=True)
-        hit = own[known] - z[known].max(1)
-        weightless = np.isneginf(gap)
-        gap = np.where(weightless, 0.0, gap)
-
-        def slope(b: float) -> tuple[float, float]:
-            p = np.where(weightless, 0.0, np.exp(b * gap))
-            p /= p.sum(1, keepdims=True)
-            mean = (p * gap).sum(1)
-            return float(np.mean(mean - hit)), float(np.mean((p * gap**2).sum(1) - mean**2))
-
-    if not gap.size:
+    likelihood = LabelLikelihood if task == "multi-label" else ClassLikelihood
+    slope = likelihood(z, y, 1 / (len(z) + 2))
+    if slope.scale == 0.0:
         return 1.0
-    if (scale := float(np.abs(gap).max())) == 0.0:
-        return 1.0
-    gap, hit = (gap / scale, hit) if task == "multi-label" else (gap / scale, hit / scale)
-    low, high, b = scale / HOTTEST, scale / COLDEST, scale
+    low, high, b = slope.scale / HOTTEST, slope.scale / COLDEST, slope.scale
     if slope(low)[0] >= 0:
-        return HOTTEST if slope(low)[0] > 0 else 1.0
+        return HOTTEST
     if slope(high)[0] <= 0:
         return COLDEST
     for _ in range(200):
@@ -77,7 +57,44 @@ def fit_temperature(logits: Array, labels: Array, task: Task) -> float:
         if abs(following - b) <= 1e-12 * b:
             break
         b = following
-    return float(np.clip(scale / b, COLDEST, HOTTEST))
+    return float(np.clip(slope.scale / b, COLDEST, HOTTEST))
+
+
+class ClassLikelihood:
+    """First and second derivative, in b, of the mean loss of softmax(b z / scale); `scale` is the largest gap in z."""
+
+    def __init__(self, z: Array, y: Array, spread: float) -> None:
+        rows = np.arange(len(z))
+        kept = np.isfinite(z[rows, y.astype(np.int64)]) & (z < np.inf).all(1)
+        z, y = z[kept], y[kept].astype(np.int64)
+        gap = z - z.max(1, keepdims=True, initial=-np.inf)
+        self.possible = np.isfinite(gap)
+        gap = np.where(self.possible, gap, 0.0)
+        self.scale = float(np.abs(gap).max(initial=0.0))
+        self.gap = gap / (self.scale or 1.0)
+        target = (1 - spread) * self.gap[np.arange(len(y)), y] + spread * self.gap.sum(1) / self.possible.sum(1)
+        self.target = float(target.mean()) if len(y) else 0.0
+
+    def __call__(self, b: float) -> tuple[float, float]:
+        p = np.where(self.possible, np.exp(b * self.gap), 0.0)
+        p /= p.sum(1, keepdims=True)
+        mean = (p * self.gap).sum(1)
+        return float(mean.mean()) - self.target, float(((p * self.gap**2).sum(1) - mean**2).mean())
+
+
+class LabelLikelihood:
+    """The same for sigmoid(b z / scale), over all pairs of image and label."""
+
+    def __init__(self, z: Array, y: Array, spread: float) -> None:
+        kept = np.isfinite(z)
+        z, y = z[kept], y[kept].astype(np.float64)
+        self.scale = float(np.abs(z).max(initial=0.0))
+        self.z = z / (self.scale or 1.0)
+        self.target = float((((1 - spread) * y + spread / 2) * self.z).mean()) if len(z) else 0.0
+
+    def __call__(self, b: float) -> tuple[float, float]:
+        p = 0.5 * (1 + np.tanh(0.5 * b * self.z))
+        return float((p * self.z).mean()) - self.target, float((p * (1 - p) * self.z**2).mean())
 
 
 def to_probabilities(logits: Array, task: Task, temperature: float = 1.0) -> Array:

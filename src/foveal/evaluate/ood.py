@@ -141,7 +141,7 @@ class Mahalanobis(nn.Module):
 
 
 def shrinkage(covariance: Tensor, size: float, fourth: float, n: int) -> float:
-    """The share of the identity in the Ledoit-Wolf estimate, 0..1.
+    """The share of the identity in the Ledoit-Wolf estimate, 1e-6..1 (never 0: the covariance must have an inverse).
 
     Args:
         covariance: [D, D], of n centred rows.
@@ -151,7 +151,7 @@ def shrinkage(covariance: Tensor, size: float, fourth: float, n: int) -> float:
     square = float(covariance.square().sum())
     distance = square - covariance.shape[0] * size**2
     noise = (fourth - n * square) / n**2
-    return float(np.clip(noise / distance, 0.0, 1.0)) if distance > 1e-12 * square else 1.0
+    return float(np.clip(noise / distance, 1e-6, 1.0)) if distance > 1e-12 * square else 1.0
 
 
 def left_out(x: Tensor, means: Tensor, own: Tensor, sizes: Tensor, unit: float) -> Array:
