@@ -100,7 +100,7 @@ def test_wrong_shape_names_the_tensor_what_came_and_what_was_expected(tmp_path: 
 def test_missing_tensor_is_named(tmp_path: Path, tensors):
     del tensors["conv_head.weight"]
     save_file(tensors, tmp_path / "w.safetensors")
-    with pytest.raises(BackboneError, match="lacks the tensor conv_head.weight"):
+    with pytest.raises(BackboneError, match=r"lacks the tensor conv_head\.weight"):
         load_backbone(f"{TINY}@{tmp_path}/w.safetensors")
 
 

@@ -196,7 +196,7 @@ class RowStore:
             if len(header) == HEADER.size and header[:8] != MAGIC and header[:6] == MAGIC[:6]:
                 return []  # another version's
             count, row_bytes, checksum = HEADER.unpack(header)[1:] if len(header) == HEADER.size else (0, 0, 0)
-            whole = count > 0 and size == HEADER.size + count * (KEY + row_bytes)
+            whole = header[:8] == MAGIC and count > 0 and size == HEADER.size + count * (KEY + row_bytes)
             if not whole or not (checked or checksum == file_checksum(handle, size)):
                 path.unlink(missing_ok=True)
                 return []
