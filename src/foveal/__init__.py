@@ -3,7 +3,9 @@
 The verbs are functions here, under the same names as on the command line, and imported when first used.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -47,6 +49,17 @@ __all__ = [
     "reproduce",
     "samples",
 ]
+
+
+class Api(ModuleType):
+    """Importing a room (foveal.evaluate, foveal.methods, foveal.backbones) leaves the verb of its name in place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in VERBS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = Api
 
 
 def __getattr__(name: str) -> Any:

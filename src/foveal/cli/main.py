@@ -20,6 +20,8 @@ from foveal.core.errors import FovealError
 CommandLineError: Any = typer.BadParameter.__mro__[2]
 """click's ClickException, which typer carries but does not export."""
 
+STOPPED = 130
+
 app = typer.Typer(
     name="foveal",
     help="From a folder of images to a vision model you can trust and ship.",
@@ -96,12 +98,13 @@ def main() -> None:
     except CommandLineError as error:
         code = fail(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("foveal: stopped; the same command goes on where it was\n")
-        code = 130
+        code = STOPPED
     except Exception:
         traceback.print_exc()
         sys.stderr.write("foveal: this is a fault of foveal; please report it with the lines above\n")
         code = 1
+    if code == STOPPED:
+        sys.stderr.write("foveal: stopped; the same command goes on where it was\n")
     sys.exit(code)
 
 

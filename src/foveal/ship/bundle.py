@@ -128,6 +128,9 @@ class Bundle:
                 attached = self.method.attach(rebuild_backbone(described), len(self.classes))
                 classifier = filled(self.method.finish(attached), part(weights, "classifier."))
             unknown = filled(empty_score(name, shapes(score)), score)
+            fits = classifier.head(torch.zeros(1, described["width"])).shape
+            if fits != (1, len(self.classes)):
+                raise RuntimeError(f"the head answers {fits[1]} classes, expected {len(self.classes)}")
             return Calibrated(classifier, float(weights["temperature"]), unknown, self.task).eval()
         except (SafetensorError, RuntimeError, KeyError) as error:
             reason = str(error).replace("\n", " ")

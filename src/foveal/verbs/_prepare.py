@@ -42,7 +42,7 @@ class Prepared:
         """
         given = self.dataset.splits
         if given is None or not self.has_test:
-            return make_split(self.dataset.labels, self.groups, seed)
+            return make_split(self.dataset.labels, self.groups, seed, classes=self.dataset.classes)
         splits = given.copy()
         if not (splits == "test").any():
             splits[splits == "val"] = "test"
@@ -52,7 +52,9 @@ class Prepared:
                 raise DataError(
                     f"{self.dataset.name} has no images in 'train': expected a train split beside the others"
                 )
-            cut = make_split(self.dataset.labels[train], self.groups[train], seed, test=0.0, val=0.125)
+            cut = make_split(
+                self.dataset.labels[train], self.groups[train], seed, test=0.0, val=0.125, classes=self.dataset.classes
+            )
             splits[train] = cut
         return splits
 

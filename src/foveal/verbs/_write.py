@@ -16,7 +16,7 @@ from foveal.core.progress import Progress
 from foveal.evaluate.card import write_card
 from foveal.evaluate.cost import cost
 from foveal.evaluate.metrics import measure
-from foveal.evaluate.report import ReportContext, write_report
+from foveal.evaluate.report import Mistake, ReportContext, write_report
 from foveal.features.session import feature_session
 from foveal.ship.bundle import save_weights
 from foveal.verbs._adapt import Adapted
@@ -127,9 +127,7 @@ def write_bundle(
         seal(folder, manifest)
 
 
-def mistakes(
-    prepared: Prepared, test: np.ndarray, probabilities: np.ndarray, labels: np.ndarray
-) -> list[dict[str, Any]]:
+def mistakes(prepared: Prepared, test: np.ndarray, probabilities: np.ndarray, labels: np.ndarray) -> list[Mistake]:
     """The wrong answers on test images that were given with most confidence, as thumbnails."""
     classes = prepared.dataset.classes
     if labels.ndim == 2:
@@ -141,7 +139,7 @@ def mistakes(
         confidence = probabilities.max(1)
         wrong = np.flatnonzero(probabilities.argmax(1) != labels)
         order = wrong[np.argsort(-confidence[wrong])][:MISTAKES]
-    rows: list[dict[str, Any]] = []
+    rows: list[Mistake] = []
     for index in order.tolist():
         image = prepared.dataset.image(int(test[index]))
         image.thumbnail((160, 160))
