@@ -85,7 +85,7 @@ def class_moments(X: Tensor, y: Tensor | None = None, weights: Tensor | None = N
         weight = members.sum(1)
         share = members / weight.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
         mean = share @ block
-        block -= mean[label]
+        block = block - mean[label]
         part = ClassMoments(weight, mean, share @ block.square_())
         total = part if total is None else total.merge(part)
     assert total is not None
