@@ -42,7 +42,7 @@ NETWORKS = [
     ("test_vit_relpos", 64),
     ("test_maxvit", 64),
     ("vit_tiny_r_s16_p8_224", 64),
-    ("swin_s3_tiny_224", 224),
+    ("swin_tiny_patch4_window7_224", 56),
 ]
 
 
