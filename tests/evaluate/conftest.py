@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,6 @@ def make_context(
     }
 
 
-@pytest.fixture
-def context() -> ReportContext:
-    return make_context()
+@pytest.fixture(name="make_context", scope="session")
+def make_context_fixture() -> Callable[..., ReportContext]:
+    return make_context
