@@ -192,6 +192,20 @@ def test_postscript_is_never_run():
         decode(eps)
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_damaged_bytes_give_a_picture_or_a_data_error(picture, form):
+    whole = save(picture(0, (60, 50)), form)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), 6):
+            data[place] = rng.integers(256)
+        try:
+            assert decode(bytes(data)).mode == "RGB"
+        except DataError as error:
+            assert "\n" not in str(error)
+
+
 def test_empty_file():
     with pytest.raises(DataError, match="empty"):
         decode(b"")
@@ -223,9 +237,11 @@ def test_zip_bomb_is_refused_from_its_header(side):
 
 def test_nothing_is_said_but_the_error(tmp_path):
     (tmp_path / "bomb.png").write_bytes(zip_bomb(11_000))
+    (tmp_path / "exif.jpg").write_bytes(save(corners(), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff"))
     program = f"""
 from foveal.core.errors import DataError
 from foveal.data.images import decode
+decode(open({str(tmp_path / "exif.jpg")!r}, "rb").read())
 try:
     decode(open({str(tmp_path / "bomb.png")!r}, "rb").read())
 except DataError as error:

@@ -27,12 +27,12 @@ def near_duplicate_groups(phash: np.ndarray, X: np.ndarray | None = None) -> np.
     decides by the hash alone. Groups are chains of such pairs, numbered in the order of their first images.
 
     Args:
-        phash: uint64 [n, 4] (`SCAN["phash"]`), or any number of 64-bit words.
+        phash: uint64 [n, 4], the hashes of `scan`.
         X: float [n, D] features, may be memory-mapped; rows are read as needed.
     """
     if not len(phash):
         return np.zeros(0, np.int64)
-    phash = np.ascontiguousarray(phash, dtype=np.uint64).reshape(len(phash), -1)
+    phash = np.ascontiguousarray(phash)
     first, copy_of = exact_copies(phash, X)
     hashes, groups = phash[first], Forest(len(first))
 
@@ -193,7 +193,7 @@ def copies(
 ) -> Findings:
     """Groups of copies: exact or near, on both sides of a split, with different labels."""
     result: Findings = {kind: [] for kind in ("duplicate", "near_duplicate", "leak", "conflicting_label")}
-    _, exact = exact_copies(scan["phash"].reshape(len(scan), -1), X)
+    _, exact = exact_copies(np.ascontiguousarray(scan["phash"]), X)
     order = np.argsort(groups, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
         if len(rows) < 2:

@@ -76,7 +76,8 @@ def name_of(index: int, classes: Sequence[str] | None) -> str:
 class Stock:
     """Groups and the labels in them: entry e says that group `group[e]` has `count[e]` images with label `label[e]`.
 
-    Entries are sorted by group; `start` [G + 1] delimits them. `images` and `groups_with` count by label.
+    Entries are sorted by group, then rarest label first; `start` [G + 1] delimits groups. `images` and `groups_with`
+    count by label.
     """
 
     group_of: np.ndarray
@@ -100,7 +101,9 @@ class Stock:
             width = labels.shape[1]
         key, count = np.unique(group_of[image] * max(width, 1) + label, return_counts=True)
         group, label = np.divmod(key, max(width, 1))
-        total = len(first)
+        total, groups_with = len(first), np.bincount(label, minlength=width)
+        rarest_first = np.lexsort((groups_with[label], group))
+        label, count = label[rarest_first], count[rarest_first]
         return Stock(
             group_of,
             group,
@@ -109,7 +112,7 @@ class Stock:
             np.searchsorted(group, np.arange(total + 1)),
             np.bincount(group_of, minlength=total),
             np.bincount(label, count, minlength=width).astype(np.int64),
-            np.bincount(label, minlength=width),
+            groups_with,
         )
 
     def require(self, least: int, why: str, classes: Sequence[str] | None) -> None:
@@ -170,14 +173,14 @@ class Stock:
         rarest = np.full(len(self.size), len(self.group_of) + 1)
         np.minimum.at(rarest, self.group, self.groups_with[self.label])
         rest = rest[np.lexsort((rng.random(len(rest)), -self.size[rest], rarest[rest]))]
-        scarce = self.groups_with.tolist()
         label, count, start, size = self.label.tolist(), self.count.tolist(), self.start.tolist(), self.size.tolist()
         open_parts = np.flatnonzero(fractions > 0).tolist()
         tie = rng.permutation(parts).tolist()
         for group in rest.tolist():
             entries = range(start[group], start[group + 1])
-            ordered = sorted(entries, key=lambda entry: scarce[label[entry]]) if len(entries) > 1 else entries
-            part = max(open_parts, key=lambda s: (*(want[label[entry]][s] for entry in ordered[:3]), room[s], tie[s]))
+            rare = want[label[entries[0]]] if len(entries) else room
+            second = want[label[entries[1]]] if len(entries) > 1 else room
+            part = max(open_parts, key=lambda s: (rare[s], second[s], room[s], tie[s]))
             chosen[group] = part
             room[part] -= size[group]
             for entry in entries:
