@@ -35,6 +35,7 @@ def shared_variance(moments: ClassMoments) -> Tensor:
     """Pooled within-class variance v [D]; the total variance, with a warning, when no class has any spread."""
     pi = (moments.weight / moments.weight.sum())[:, None]
     within = (pi * moments.variance).sum(0)
+    within = torch.where(within > 1e-24 * moments.mean.square().amax(0), within, 0.0)  # else rounding, not spread
     if bool((within > 0).any()):
         return within
     warnings.warn("no spread inside any class (one image each?): using the variance over all classes", stacklevel=2)
