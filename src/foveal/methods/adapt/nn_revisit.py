@@ -47,6 +47,13 @@ TUNING_ENTRIES = 2**24
 TILE = 2**21
 
 
+def inverse_norms(centred: Tensor, mean: Tensor) -> Tensor:
+    """1 / |row| of each row [B, D]; 0 for one that differs from the mean by rounding alone, and so has no direction."""
+    norms = centred.norm(dim=1)
+    rounding = 8 * torch.finfo(mean.dtype).eps * mean.norm()
+    return torch.where(norms > rounding, 1 / norms.clamp_min(torch.finfo(mean.dtype).tiny), 0.0)
+
+
 @dataclass(frozen=True)
 class Datastore:
     """Features [n, D] as they came, their mean [D] (0 for none) and the inverse norms [n] of what is left of them.
@@ -61,17 +68,17 @@ class Datastore:
     @staticmethod
     def of(X: Tensor, normalise: Literal["l2nc", "l2"]) -> Datastore:
         mean = class_moments(X).mean[0].to(X.dtype) if normalise == "l2nc" else torch.zeros(X.shape[1], dtype=X.dtype)
-        norms = torch.cat([(X[rows] - mean).norm(dim=1) for rows in chunks(len(X))])
-        return Datastore(X, mean, torch.where(norms > 0, 1 / norms, 0.0))
+        return Datastore(X, mean, torch.cat([inverse_norms(X[rows] - mean, mean) for rows in chunks(len(X))]))
 
     @property
     def queries(self) -> int:
         """How many queries to answer at once, for flat memory."""
-        return max(16, TILE // len(self.features))
+        return max(16, TILE // max(1, len(self.features)))
 
     def similarities(self, q: Tensor) -> Tensor:
         """Minus the squared distance of queries q [B, D] to all rows [B, n], up to a constant of the query."""
-        direction = F.normalize(q - self.mean)
+        centred = q - self.mean
+        direction = centred * inverse_norms(centred, self.mean)[:, None]
         products = direction @ self.features.T - (direction @ self.mean)[:, None]
         return products * (2 * self.inverse) - (self.inverse > 0).to(q.dtype)
 
@@ -84,6 +91,8 @@ def nearest(store: Datastore, q: Tensor, k: int, own: Tensor | None = None) -> t
     """
     if own is not None and (own.shape != (len(q),) or bool(((own < 0) | (own >= len(store.features))).any())):
         raise UsageError(f"leave-one-out needs one datastore row in 0..{len(store.features) - 1} for each query")
+    if q.shape[1] != store.features.shape[1]:
+        raise UsageError(f"queries of width {q.shape[1]} against features of width {store.features.shape[1]}")
     available = len(store.features) - (own is not None)
     if available < 1:
         raise UsageError("the datastore is empty: nearest neighbours need at least one labelled image")
