@@ -12,7 +12,7 @@ from sklearn.covariance import ledoit_wolf
 from foveal.core.errors import BundleError, DataError
 from foveal.evaluate import ood
 from foveal.evaluate.metrics import auroc
-from foveal.evaluate.ood import Energy, JointEnergy, Mahalanobis, choose_ood, empty_score, threshold_at
+from foveal.evaluate.ood import Energy, JointEnergy, Mahalanobis, choose_ood, empty_score, histogram, threshold_at
 
 D = 12
 
@@ -211,6 +211,17 @@ def test_threshold_is_the_conformal_quantile():
     awkward = np.array([0.1])
     assert threshold_at(awkward, 0.95) >= 0.1
     assert np.float32(threshold_at(awkward, 0.95)) == threshold_at(awkward, 0.95)
+
+
+def test_scores_of_many_sizes_are_counted_on_a_logarithmic_axis():
+    rng = np.random.default_rng(0)
+    known, strange = rng.uniform(0.5, 2, 500), rng.uniform(50, 500, 60)
+    counted = histogram(known, strange)
+    assert counted["log"]
+    assert np.ptp(np.diff(np.log(counted["edges"]))) < 1e-9
+    assert max(counted["known"]) < 150
+    assert not histogram(known - 1, strange)["log"]
+    assert sum(histogram(np.ones(5), np.ones(3))["known"]) == 5
 
 
 def test_infinite_logits_are_ranked():

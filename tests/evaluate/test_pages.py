@@ -245,14 +245,22 @@ def test_long_findings_are_cut_and_counted(make_context, tmp_path: Path):
 def test_reliability_dots_lie_where_the_rows_say():
     chart = reliability_chart([], [{"low": 0.4, "high": 0.6, "n": 9, "confidence": 0.5, "accuracy": 0.25}])
     ((x, y),) = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', chart)
-    assert (float(x), float(y)) == (44 + 0.5 * 270, 12 + 0.75 * 270)
+    assert (float(x), float(y)) == (50 + 0.5 * 270, 12 + 0.75 * 270)
 
 
 def test_unknown_chart_draws_both_and_the_threshold():
     chart = unknown_chart({"edges": [0.0, 1.0, 2.0], "known": [9, 1], "garbage": [0, 5]}, 1.0)
     assert len(re.findall(r'<path class="area', chart)) == 2
     (x,) = re.findall(r'class="threshold" x1="([\d.]+)"', chart)
-    assert float(x) == 44 + 330 / 2
+    assert float(x) == 50 + 330 / 2
+
+
+def test_unknown_chart_on_a_logarithmic_axis():
+    chart = unknown_chart({"edges": [1.0, 10.0, 100.0], "known": [9, 1], "garbage": [0, 5], "log": True}, 10.0)
+    (x,) = re.findall(r'class="threshold" x1="([\d.]+)"', chart)
+    assert float(x) == 50 + 330 / 2
+    labels = re.findall(r'y="207[^>]*>([^<]+)<', chart)
+    assert sorted(map(float, labels)) == [1, 2, 5, 10, 20, 50, 100]
 
 
 def test_curves_leave_out_what_was_not_measured():

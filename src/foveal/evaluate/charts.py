@@ -18,7 +18,7 @@ class Frame:
 
     x: tuple[float, float]
     y: tuple[float, float]
-    left: float = 44
+    left: float = 50
     top: float = 12
     width: float = 320
     height: float = 220
@@ -28,14 +28,17 @@ class Frame:
         up = (y - self.y[0]) / (self.y[1] - self.y[0] or 1)
         return round(self.left + across * self.width, 1), round(self.top + (1 - up) * self.height, 1)
 
-    def axes(self, x_label: str, y_label: str, x_ticks: Sequence[float], y_ticks: Sequence[float]) -> list[str]:
-        """Grid lines, tick labels and the names of both axes."""
+    def axes(
+        self, x_label: str, y_label: str, x_ticks: Sequence[float] | Mapping[float, str], y_ticks: Sequence[float]
+    ) -> list[str]:
+        """Grid lines, tick labels (of a mapping, its values) and the names of both axes."""
         bottom, right = self.top + self.height, self.left + self.width
         parts = []
-        for value in x_ticks:
+        named = x_ticks if isinstance(x_ticks, Mapping) else {value: short(value) for value in x_ticks}
+        for value, label in named.items():
             x, _ = self.at(value, self.y[0])
             parts.append(f'<line class="grid" x1="{x}" y1="{self.top}" x2="{x}" y2="{bottom}"/>')
-            parts.append(f'<text class="tick" x="{x}" y="{bottom + 15}" text-anchor="middle">{short(value)}</text>')
+            parts.append(f'<text class="tick" x="{x}" y="{bottom + 15}" text-anchor="middle">{label}</text>')
         for value in y_ticks:
             _, y = self.at(self.x[0], value)
             parts.append(f'<line class="grid" x1="{self.left}" y1="{y}" x2="{right}" y2="{y}"/>')
@@ -101,23 +104,35 @@ def reliability_chart(before: Sequence[Mapping[str, float]], after: Sequence[Map
     return frame.svg(parts, "Reliability before and after calibration")
 
 
-def unknown_chart(histogram: Mapping[str, Sequence[float]], threshold: float) -> Markup:
-    """Shares of known and of garbage images by unknown score, and the threshold between them."""
-    edges = histogram["edges"]
+def unknown_chart(histogram: Mapping[str, Any], threshold: float) -> Markup:
+    """Shares of known and of garbage images by unknown score, and the threshold between them.
+
+    Args:
+        histogram: of a record of `foveal.evaluate.ood.choose_ood`.
+    """
+    scale = math.log10 if histogram.get("log") and threshold > 0 else float
+    edges, limit = [scale(edge) for edge in histogram["edges"]], scale(threshold)
     shares = {}
     for kind in ("known", "garbage"):
         total = sum(histogram[kind]) or 1
         shares[kind] = [count / total for count in histogram[kind]]
-    low, high = min(edges[0], threshold), max(edges[-1], threshold)
+    low, high = min(edges[0], limit), max(edges[-1], limit)
     top = max(max(shares["known"]), max(shares["garbage"])) * 1.12 or 1
     frame = Frame((low, high), (0, top), width=330, height=180)
-    parts = frame.axes("unknown score", "share of images", ticks(low, high, 5), ticks(0, top, 3))
+    if scale is float:
+        marks = {value: short(value) for value in ticks(low, high, 5)}
+    else:
+        powers = range(math.floor(low), math.ceil(high) + 1)
+        steps = (1, 2, 5) if high - low < 2.5 else (1,)
+        marks = {math.log10(step) + power: short(step * 10.0**power) for power in powers for step in steps}
+        marks = {at: label for at, label in marks.items() if low <= at <= high}
+    parts = frame.axes("unknown score", "share of images", marks, ticks(0, top, 3))
     for kind, colour in (("garbage", "warm"), ("known", "accent")):
         points = [frame.at(edges[0], 0)]
         for left, right, share in zip(edges[:-1], edges[1:], shares[kind], strict=True):
             points += [frame.at(left, share), frame.at(right, share)]
         parts.append(path([*points, frame.at(edges[-1], 0)], f"area {colour}", close=True))
-    x, y = frame.at(threshold, top)
+    x, y = frame.at(limit, top)
     anchor, shift = ("end", -5) if x > frame.left + frame.width / 2 else ("start", 5)
     parts.append(f'<line class="threshold" x1="{x}" y1="{y}" x2="{x}" y2="{frame.top + frame.height}"/>')
     parts.append(f'<text class="note" x="{x + shift}" y="{y + 11}" text-anchor="{anchor}">threshold</text>')

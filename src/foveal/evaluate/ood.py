@@ -307,12 +307,16 @@ def threshold_at(known: Array, recall: float) -> float:
     return float(rounded if float(rounded) >= value else np.nextafter(rounded, np.float32(np.inf)))
 
 
-def histogram(known: Array, garbage: Array, bins: int = 40) -> dict[str, list[float]]:
-    """Counts of both over shared bins; the ends hold what lies beyond the central 98% of either."""
-    low = min(np.quantile(known, 0.01), np.quantile(garbage, 0.01))
-    high = max(np.quantile(known, 0.99), np.quantile(garbage, 0.99))
+def histogram(known: Array, garbage: Array, bins: int = 40) -> dict[str, Any]:
+    """Counts of both over shared bins; the ends hold what lies beyond the central 98% of either.
+
+    Bins are equal on a logarithmic axis (`log` is True) where positive scores span a factor of 30 or more.
+    """
+    low = float(min(np.quantile(known, 0.01), np.quantile(garbage, 0.01)))
+    high = float(max(np.quantile(known, 0.99), np.quantile(garbage, 0.99)))
     if not high > low:
         low, high = low - 0.5, high + 0.5
-    edges = np.linspace(low, high, bins + 1)
-    known, garbage = (np.histogram(np.clip(scores, low, high), edges)[0] for scores in (known, garbage))
-    return {"edges": edges.tolist(), "known": known.tolist(), "garbage": garbage.tolist()}
+    log = low > 0 and high / low >= 30
+    edges = np.geomspace(low, high, bins + 1) if log else np.linspace(low, high, bins + 1)
+    known, garbage = (np.histogram(np.clip(scores, edges[0], edges[-1]), edges)[0] for scores in (known, garbage))
+    return {"edges": edges.tolist(), "known": known.tolist(), "garbage": garbage.tolist(), "log": log}
