@@ -64,6 +64,7 @@ def test_exif_orientation_is_undone(orientation, form):
     assert np.abs(np.asarray(image, int)[6, 13] - BLUE).max() < 40
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_counts_as_none():
     image = decode(save(corners(), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff"))
     assert image.size == (16, 8)
@@ -223,6 +224,7 @@ def zip_bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", body) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [30_000, 11_000])
 def test_zip_bomb_is_refused_from_its_header(side):
     bomb = zip_bomb(side)

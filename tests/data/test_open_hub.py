@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -79,6 +80,26 @@ def test_no_image_column(monkeypatch):
 def test_offline_and_not_in_the_cache():
     with pytest.raises(DataError, match="not in the Hugging Face cache: run once without --offline"):
         open_dataset("hub:nobody/nothing-of-this-name", offline=True)
+
+
+def test_offline_from_the_cache(monkeypatch, tmp_path, picture):
+    """The cache as the library leaves it after owner/name was loaded once."""
+    for kind in ("ant", "bee"):
+        (tmp_path / "train" / kind).mkdir(parents=True)
+        picture(len(kind)).save(tmp_path / "train" / kind / "1.png")
+    datasets.load_dataset("imagefolder", data_dir=str(tmp_path), cache_dir=str(tmp_path / "made"))
+    made = next((tmp_path / "made").rglob("dataset_info.json"))
+    kept = tmp_path / "cache" / "owner___name" / "default" / "0.0.0" / ("a" * 40)
+    kept.mkdir(parents=True)
+    made.with_name("imagefolder-train.arrow").rename(kept / "name-train.arrow")
+    info = json.loads(made.read_text()) | {"dataset_name": "name", "config_name": "default"}
+    (kept / "dataset_info.json").write_text(json.dumps(info))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    before = datasets.config.HF_HUB_OFFLINE
+    dataset = open_dataset("hub:owner/name", offline=True)
+    assert dataset.classes == ("ant", "bee")
+    assert dataset.image(0).size == (40, 30)
+    assert before == datasets.config.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("name", ["", "name", "a/b/c", "/x"])

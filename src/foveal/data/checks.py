@@ -206,7 +206,7 @@ def copies(
         labels = [labels_of(dataset, int(row)) for row in rows]
         if len(set(labels)) > 1:
             listed = [f"{name} ({label})" for name, label in zip(names, labels, strict=True)]
-            result["conflicting_label"].append(found(names, f"copies with different labels: {few(listed)}"))
+            result["conflicting_label"].append(found(names, f"{what} with different labels: {few(listed)}"))
     return result
 
 
