@@ -10,6 +10,7 @@ from tests.train.helpers import ROWS, ROWS_VAL, SMALL, Body, Plain, run, same_bi
 
 from foveal.core.errors import FovealError, UsageError
 from foveal.core.method import Classifier, Recipe, classification_loss
+from foveal.core.seeds import derive, seed_everything
 from foveal.train import checkpoint, loop
 from foveal.train.loop import predict_logits
 
@@ -224,3 +225,36 @@ def test_train_loss_is_the_mean_over_images(tmp_path: Path) -> None:
     batch = {"labels": torch.from_numpy(data.labels[ROWS]), "class_weights": torch.ones(2)}
     assert result.history[0]["train_loss"] == pytest.approx(classification_loss(logits, batch).item(), abs=1e-5)
     assert math.isfinite(result.history[0]["val_loss"])
+
+
+def test_validation_does_not_change_what_is_learnt(tmp_path: Path) -> None:
+    with_val = run(tmp_path / "with", RECIPE)
+    without = run(tmp_path / "without", RECIPE, rows_val=np.array([], dtype=int))
+    assert same_bits(state(with_val), state(without))
+    assert "val_loss" not in without.history[0]
+
+
+def test_agrees_with_a_loop_written_out(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=2, batch_size=24, lr=0.01, weight_decay=0.1, warmup=0.5, augment="none")
+
+    class Dry(Body):
+        def __init__(self) -> None:
+            super().__init__()
+            for place in (1, 4, 8):  # before batch norm, gradients of biases are nothing but rounding
+                self[place] = torch.nn.Identity()
+
+    result = run(tmp_path, recipe, body=Dry)
+    seed_everything(derive(0, "init"))
+    model = Plain(recipe).attach(Dry(), 2)
+    data = tiny_dataset()
+    pixels = torch.from_numpy(np.stack([loop.to_pixels(data.image(int(row)), SMALL) for row in ROWS]))
+    images, labels = loop.normalise(pixels, SMALL), torch.from_numpy(data.labels[ROWS])
+    optimizer = torch.optim.AdamW(Plain(recipe).parameter_groups(model, recipe), lr=0.01)
+    for share in (0.5, 1.0):  # half of the steps warm up; the cosine starts at its top
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * share
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model.train()(images), labels).backward()
+        optimizer.step()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(state(result)[name], tensor, atol=2e-5, rtol=1e-4)

@@ -272,9 +272,7 @@ class Run:
             "seconds": time.monotonic() - self.begun,
         }
         if len(self.rows_val):
-            logits, _ = predict_logits(
-                self.model, self.dataset, self.rows_val, self.preprocessing, device=str(self.device)
-            )
+            logits, _ = read_rows(self.model, self.dataset, self.rows_val, self.preprocessing, self.device)
             labels = torch.from_numpy(self.labels[self.rows_val])
             weights = {"labels": labels, "class_weights": self.class_weights.cpu()}
             record["val_loss"] = float(classification_loss(logits, weights))
@@ -392,10 +390,27 @@ def predict_logits(
 
     The model is moved to the device and, afterwards, back; it is in eval mode meanwhile.
     """
+    if len(indices) == 0:
+        raise UsageError("no images to predict: expected at least one")
     target = choose_device(device, Accelerator(device_placement=False)) if device != "cpu" else torch.device("cpu")
     home, training = next(iter(model.parameters())).device, model.training
     place(model, target)
-    model.eval()
+    try:
+        return read_rows(model.eval(), dataset, indices, preprocessing, target, batch)
+    finally:
+        unplace(model, home)
+        model.train(training)
+
+
+def read_rows(
+    model: Classifier,
+    dataset: Dataset,
+    indices: np.ndarray,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    batch: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """`predict_logits` of a model in eval mode where it is: its tensors keep their place and layout."""
     sizes = [min(batch, len(indices) - start) for start in range(0, len(indices), batch)]
     logits: list[Tensor] = []
     features: list[Tensor] = []
@@ -403,15 +418,9 @@ def predict_logits(
     def view(row: int) -> np.ndarray:
         return to_pixels(dataset.image(row), preprocessing)
 
-    try:
-        with ThreadPoolExecutor(WORKERS) as pool, torch.inference_mode():
-            for pixels in stacked(ahead(view, map(int, indices), pool, 2 * batch), sizes):
-                read = model.features(normalise(torch.from_numpy(pixels).to(target), preprocessing))
-                features.append(read.float().cpu())
-                logits.append(model.head(read).float().cpu())
-    finally:
-        unplace(model, home)
-        model.train(training)
-    if not logits:
-        raise UsageError("no images to predict: expected at least one")
+    with ThreadPoolExecutor(WORKERS) as pool, torch.inference_mode():
+        for pixels in stacked(ahead(view, map(int, indices), pool, 2 * batch), sizes):
+            read = model.features(normalise(torch.from_numpy(pixels).to(device), preprocessing))
+            features.append(read.float().cpu())
+            logits.append(model.head(read).float().cpu())
     return torch.cat(logits).clone(), torch.cat(features).clone()
