@@ -142,7 +142,8 @@ def throughput(folder: Path) -> list[str]:
     return [
         f"| frozen-feature throughput over PyTorch eager fp32, {found['threads']} threads, same decoded images "
         f"| at least 3 | **{found['ratio']:.1f}** ({found['foveal']:.0f} against {found['eager']:.0f} images/s) |",
-        f"| largest difference of features from torch's, relative | at most 1e-3 | **{found['relative_difference']:.1e}** |",
+        "| largest difference of features from torch's, relative | at most 1e-3 "
+        f"| **{found['relative_difference']:.1e}** |",
     ]
 
 
@@ -167,8 +168,8 @@ def fits(folder: Path) -> list[str]:
     median = lambda entries, key: statistics.median(entry[key] for entry in entries)  # noqa: E731
     rows.append(
         f"| cold `fit --method linear` over a bare pass (decode + ONNX Runtime), sample:elpv, whole processes "
-        f"| at most 1.5 | **{ratio(cold, bare, 'wall'):.2f}** ({median(cold, 'wall'):.1f} s against {median(bare, 'wall'):.1f} s; "
-        f"export of the graph, once per backbone: {graph['inside']:.1f} s) |"
+        f"| at most 1.5 | **{ratio(cold, bare, 'wall'):.2f}** "
+        f"({median(cold, 'wall'):.1f} s against {median(bare, 'wall'):.1f} s; export of the graph, once per backbone: {graph['inside']:.1f} s) |"
     )
     rows.append(
         f"| warm fit over cold fit, within Python, libraries already imported | under 0.1 | "
@@ -247,9 +248,9 @@ def main() -> None:
             rows = PARTS[part](folder)
             print("\n".join(rows), flush=True)
             page = PAGE.read_text(encoding="utf-8")
-            where = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}"
-            table = "\n".join(["| what | bar | measured |", "|---|---|---|", *rows, "", f"({where})"])
-            PAGE.write_text(between(page, part, table), encoding="utf-8")
+            where = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+            table = ["| what | bar | measured |", "|---|---|---|", *rows, "", f"({where}, {time.strftime('%Y-%m-%d')})"]
+            PAGE.write_text(between(page, part, "\n".join(table)), encoding="utf-8")
         if given.fastai:
             from versus_fastai import versus
 

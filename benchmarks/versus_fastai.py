@@ -36,7 +36,7 @@ kept = [i for i, s in enumerate(task["splits"]) if s != "test"]
 test = [i for i, s in enumerate(task["splits"]) if s == "test"]
 def blocks(order, valid):
     return DataBlock((ImageBlock, CategoryBlock(vocab=task["classes"], sort=False)), get_x=lambda r: r[0],
-        get_y=lambda r: r[1], splitter=lambda _: (list(range(len(order) - valid)), list(range(len(order) - valid, len(order)))),
+        get_y=lambda r: r[1], splitter=IndexSplitter(list(range(len(order) - valid, len(order)))),
         item_tfms=Resize(256), batch_tfms=[*aug_transforms(size=224), Normalize.from_stats([0.5] * 3, [0.5] * 3)],
     ).dataloaders([items[i] for i in order], bs=64, num_workers=0)
 dls = blocks(kept + test, len(test))
@@ -135,8 +135,8 @@ def versus(python: str, folder: Path) -> str:
         "",
         f"fastai reaches {last['balanced_accuracy']:.3f} after {EPOCHS} epochs and "
         f"{theirs['setup'] + last['seconds']:.0f} s. `foveal compare` of all frozen-feature methods takes "
-        f"{frozen['wall']:.0f} s, **{(theirs['setup'] + last['seconds']) / frozen['wall']:.0f} times less**, and its best "
-        f"method ({best['method']}) has {best['balanced_accuracy']:.3f}"
+        f"{frozen['wall']:.0f} s, **{(theirs['setup'] + last['seconds']) / frozen['wall']:.0f} times less**, and its "
+        f"best method ({best['method']}) has {best['balanced_accuracy']:.3f}"
         + (
             "."
             if best["balanced_accuracy"] >= last["balanced_accuracy"]

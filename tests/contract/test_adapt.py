@@ -13,8 +13,6 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from foveal.data.worlds import garbage
-from foveal.ship.export import export_onnx
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,9 +24,11 @@ from foveal.core.method import Adapt, Classifier, trainable
 from foveal.core.options import describe_options, options_to_dict, parse_options
 from foveal.core.preprocessing import Preprocessing
 from foveal.data.dataset import Dataset, Memory
+from foveal.data.worlds import garbage
 from foveal.evaluate.calibration import Calibrated
 from foveal.evaluate.ood import choose_ood
 from foveal.ship.bundle import save_weights
+from foveal.ship.export import export_onnx
 from foveal.train.loop import train
 
 SIZE, CLASSES, IMAGES = 64, 3, 18

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,7 +20,13 @@ ALIKE = (24, 0.97)
 """Nearly a copy, such as a picture shifted by a hundredth: further apart in bits, but not in features."""
 
 
-def near_duplicate_groups(phash: np.ndarray, X: np.ndarray | None = None) -> np.ndarray:
+class Features(Protocol):
+    """Features [n, D], in memory or on disk: rows are read as they are asked for."""
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+def near_duplicate_groups(phash: np.ndarray, X: Features | None = None) -> np.ndarray:
     """A group number for each image, int64 [n]: equal for images that are copies or near-copies of one another.
 
     Pairs close in perceptual hash are confirmed by the cosine of their features (SAME, ALIKE); without features SAME
@@ -56,7 +62,7 @@ def near_duplicate_groups(phash: np.ndarray, X: np.ndarray | None = None) -> np.
     return np.argsort(np.argsort(seen))[number].astype(np.int64)
 
 
-def exact_copies(phash: np.ndarray, X: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def exact_copies(phash: np.ndarray, X: Features | None) -> tuple[np.ndarray, np.ndarray]:
     """(first [m], copy_of [n]): image i has the hash and, to the bit, the features of image first[copy_of[i]]."""
     words = np.dtype((np.void, phash.dtype.itemsize * phash.shape[1]))
     _, key, count = np.unique(phash.view(words)[:, 0], return_inverse=True, return_counts=True)
@@ -101,7 +107,7 @@ def close_pairs(hashes: np.ndarray, radius: int) -> Iterator[tuple[np.ndarray, n
             distance += 1
 
 
-def cosine(X: np.ndarray, left: np.ndarray, right: np.ndarray, block: int = 2048) -> np.ndarray:
+def cosine(X: Features, left: np.ndarray, right: np.ndarray, block: int = 2048) -> np.ndarray:
     """Cosine of the rows left[i] and right[i] of X; rows are gathered a block at a time."""
     result = np.empty(len(left), np.float32)
     for start in range(0, len(left), block):
@@ -148,7 +154,7 @@ def check(
     dataset: Dataset,
     scan: np.ndarray,
     groups: np.ndarray,
-    X: np.ndarray | None = None,
+    X: Features | None = None,
     probabilities: np.ndarray | None = None,
     splits: np.ndarray | None = None,
 ) -> Findings:
@@ -189,7 +195,7 @@ def labels_of(dataset: Dataset, row: int) -> str:
 
 
 def copies(
-    dataset: Dataset, scan: np.ndarray, groups: np.ndarray, X: np.ndarray | None, splits: np.ndarray | None
+    dataset: Dataset, scan: np.ndarray, groups: np.ndarray, X: Features | None, splits: np.ndarray | None
 ) -> Findings:
     """Groups of copies: exact or near, on both sides of a split, with different labels."""
     result: Findings = {kind: [] for kind in ("duplicate", "near_duplicate", "leak", "conflicting_label")}

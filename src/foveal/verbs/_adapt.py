@@ -75,7 +75,13 @@ class FrozenRows:
 
     def __init__(self, prepared: Prepared, splits: np.ndarray, seed: int, class_weights: str) -> None:
         train = np.flatnonzero(splits != "test")
-        fold = folds(prepared.dataset.labels[train], prepared.groups[train], FOLDS, derive(seed, "folds"))
+        fold = folds(
+            prepared.dataset.labels[train],
+            prepared.groups[train],
+            FOLDS,
+            derive(seed, "folds"),
+            prepared.dataset.classes,
+        )
         order = np.argsort(fold, kind="stable")
         self.train, self.fold = train[order], torch.from_numpy(fold[order])
         self.test = np.flatnonzero(splits == "test")

@@ -13,8 +13,8 @@ from typing import Any
 
 from foveal.core.bundle import atomic_folder, read_json, write_json
 from foveal.data.worlds import garbage
-from foveal.evaluate.cost import runner, timed
 from foveal.evaluate.comparison import write_comparison
+from foveal.evaluate.cost import runner, timed
 from foveal.features.session import feature_session
 from foveal.verbs._adapt import Adapted
 from foveal.verbs._prepare import Prepared

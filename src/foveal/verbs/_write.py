@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from foveal.core.bundle import atomic_folder, open_bundle, seal, write_json
 from foveal.core.errors import BundleError, UsageError
@@ -80,6 +81,9 @@ def write_bundle(
     probabilities = adapted.probabilities(adapted.test, dataset.task)
     labels = adapted.test.labels.numpy()
     metrics = {"split": "test", **measure(probabilities, labels, dataset.classes, dataset.task)}
+    with torch.inference_mode():
+        scores = model.ood(adapted.test.features, adapted.test.logits)
+    metrics["unknown_rate"] = float((scores > calibration["unknown"]["threshold"]).float().mean())
     references = {
         name: {"about": REFERENCES[name], **measure(p, labels, dataset.classes, dataset.task)}
         for name, p in reference_probabilities(prepared, splits, seed, class_weights).items()
