@@ -108,7 +108,8 @@ from foveal.features.session import feature_session
 from foveal.core.folders import cache_root
 begin = time.perf_counter()
 feature_session(load_backbone("tf_efficientnet_lite0", offline=True), device="cpu")
-print(json.dumps({"inside": time.perf_counter() - begin, "graph": str(next((cache_root() / "graphs").rglob("*.onnx")))}))
+graph = next((cache_root() / "graphs").rglob("*.onnx"))
+print(json.dumps({"inside": time.perf_counter() - begin, "graph": str(graph)}))
 """
 
 
@@ -169,11 +170,13 @@ def fits(folder: Path) -> list[str]:
     rows.append(
         f"| cold `fit --method linear` over a bare pass (decode + ONNX Runtime), sample:elpv, whole processes "
         f"| at most 1.5 | **{ratio(cold, bare, 'wall'):.2f}** "
-        f"({median(cold, 'wall'):.1f} s against {median(bare, 'wall'):.1f} s; export of the graph, once per backbone: {graph['inside']:.1f} s) |"
+        f"({median(cold, 'wall'):.1f} s against {median(bare, 'wall'):.1f} s; "
+        f"export of the graph, once per backbone: {graph['inside']:.1f} s) |"
     )
     rows.append(
         f"| warm fit over cold fit, within Python, libraries already imported | under 0.1 | "
-        f"**{ratio(warm, cold, 'again', 'inside'):.3f}** ({median(warm, 'again'):.2f} s against {median(cold, 'inside'):.1f} s) |"
+        f"**{ratio(warm, cold, 'again', 'inside'):.3f}** "
+        f"({median(warm, 'again'):.2f} s against {median(cold, 'inside'):.1f} s) |"
     )
     rows.append(
         f"| warm fit over cold fit, whole processes (imports included) | | {ratio(warm, cold, 'wall'):.2f} "
