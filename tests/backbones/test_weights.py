@@ -1,5 +1,7 @@
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from foveal.backbones.adapter import DEFAULT, imagenet_classifier, load_backbone, normalise
-from foveal.backbones.weights import hub_file, read_tensors, rename_in_order, shipped_file
+from foveal.backbones.weights import read_tensors, rename_in_order, shipped_file
 from foveal.core.errors import BackboneError
 from foveal.core.preprocessing import Preprocessing
 from foveal.data.images import to_pixels
@@ -147,18 +149,22 @@ def test_offline_without_weights_says_what_to_do(tmp_path: Path, monkeypatch: py
         load_backbone("resnet18", offline=True)
 
 
-def test_no_network_is_one_clear_error(monkeypatch: pytest.MonkeyPatch):
-    def unreachable(*args: object, **kwargs: object) -> str:
-        raise ConnectionError("[Errno 101] Network is unreachable\nand a second line")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
-    with pytest.raises(BackboneError) as caught:
-        hub_file("x", "nobody/nothing-such", ["model.safetensors"], offline=False)
-    assert "Network is unreachable" in str(caught.value)
-    assert "check the network" in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_no_network_is_one_clear_error_at_once(tmp_path: Path):
+    code = (
+        "from foveal.backbones.weights import hub_file\n"
+        "from foveal.core.errors import BackboneError\n"
+        "try:\n"
+        "    hub_file('x', 'nobody/nothing-such', ['model.safetensors'], offline=False)\n"
+        "except BackboneError as error:\n"
+        "    print(error)\n"
+    )
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("cannot download weights of x from nobody/nothing-such (")
+    assert "check the network, or use --backbone tf_efficientnet_lite0" in done.stdout
+    assert done.stdout.count("\n") == 1
+    assert done.stderr == ""
 
 
 def test_weights_in_the_hugging_face_cache_need_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -152,3 +152,13 @@ def test_threads_follow_the_machine_and_the_environment(monkeypatch):
     assert cpu_threads() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "10000")
     assert cpu_threads() == available
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_features_on_a_gpu_are_those_of_the_cpu(small):
+    images = pixels(small, 5)
+    session = feature_session(small, device="cuda")
+    assert session.engine == "torch cuda"
+    expected = with_torch(small, images)
+    assert np.abs(session(images) - expected).max() <= 1e-3 * np.abs(expected).max()

@@ -109,10 +109,15 @@ def hub_file(name: str, repository: str, filenames: Iterable[str], *, offline: b
     reason = "no safetensors file there"
     for filename in filenames:
         try:
+            hub.get_hf_file_metadata(
+                hub.hf_hub_url(repository, filename), timeout=10
+            )  # fails at once, download retries
             return Path(hub.hf_hub_download(repository, filename))
         except hub.errors.RemoteEntryNotFoundError:
             continue
         except Exception as error:  # the Hub client raises its own, its transport's and the system's errors
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
             break
-    raise BackboneError(f"cannot download weights of {name} from {repository} ({reason}): check the network, {instead}")
+    raise BackboneError(
+        f"cannot download weights of {name} from {repository} ({reason}): check the network, or {instead}"
+    )
