@@ -258,3 +258,38 @@ def test_agrees_with_a_loop_written_out(tmp_path: Path) -> None:
         optimizer.step()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(state(result)[name], tensor, atol=2e-5, rtol=1e-4)
+
+
+def test_bfloat16_resumes_to_the_same_bits_and_is_near_float32(tmp_path: Path, monkeypatch) -> None:
+    exact = run(tmp_path / "exact", RECIPE)
+    monkeypatch.setattr(loop, "autocast_dtype", lambda device, model: torch.bfloat16)
+    whole = run(tmp_path / "whole", RECIPE)
+    run(tmp_path / "cut", RECIPE, budget_s=1e-6)
+    assert same_bits(state(whole), state(run(tmp_path / "cut", RECIPE)))
+    assert not same_bits(state(whole), state(exact))
+    assert whole.history[0]["train_loss"] == pytest.approx(exact.history[0]["train_loss"], abs=0.03)
+    assert {tensor.dtype for tensor in state(whole).values()} == {torch.float32, torch.int64}
+
+
+def test_grouped_convolutions_are_wrapped_within_training_only() -> None:
+    body = Body().eval()
+    images = torch.randn(2, 3, 16, 16)
+    expected = body(images)
+    with pytest.raises(KeyError), loop.grouped_in_float32(body):
+        assert torch.equal(body(images), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            inner = body[3](body[0](images))
+            assert inner.dtype == torch.bfloat16
+            torch.testing.assert_close(body(images).float(), expected, atol=0.03, rtol=0.03)
+        raise KeyError
+    assert all("forward" not in vars(module) for module in body)
+
+
+def test_bfloat16_only_where_it_pays(monkeypatch) -> None:
+    wide, narrow = torch.nn.Linear(256, 256), torch.nn.Linear(96, 384)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    cpu = torch.device("cpu")
+    assert loop.autocast_dtype(cpu, wide) == torch.bfloat16
+    assert loop.autocast_dtype(cpu, narrow) is None
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert loop.autocast_dtype(cpu, wide) is None
