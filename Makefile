@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 export PYTHONUTF8 := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: setup demo test lint docs benchmarks clean
+.PHONY: setup demo test lint docs capabilities benchmarks clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
+
+capabilities: setup
+	FOVEAL_WRITE_CAPABILITIES=1 $(BIN)/python -m pytest tests/contract -k test_contract
+	$(BIN)/python scripts/make_docs.py
 
 docs: setup
 	$(BIN)/python scripts/make_docs.py

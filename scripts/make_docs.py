@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,10 @@ from foveal.core import cards, catalogue
 from foveal.core.options import describe_options
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+FAMILIES = ("cnn", "vit", "windowed", "hybrid")
+CAPABILITIES: dict[str, dict[str, str]] = json.loads(
+    (DOCS / "methods" / "capabilities.json").read_text(encoding="utf-8")
+)
 
 
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
@@ -80,12 +85,19 @@ def index_page() -> str:
                 "title": spec.title,
                 "needs": ", ".join(sorted(spec.needs)),
                 "tasks": ", ".join(spec.tasks),
+                **{family: CAPABILITIES.get(name, {}).get(family, "unknown") for family in FAMILIES},
                 "expectations held": f"{sum(check['held'] for check in checks)} of {len(checks)}"
                 if checks
                 else "unknown",
             }
         )
-    return "# Methods\n\n" + table(rows, ["method", "family", "title", "needs", "tasks", "expectations held"]) + "\n"
+    columns = ["method", "family", "title", "needs", "tasks", *FAMILIES, "expectations held"]
+    legend = (
+        "cnn, vit, windowed, hybrid: what the contract battery found on a small backbone of that kind. *works*: the "
+        "same seed gives the same model; saved, loaded, resumed and exported to ONNX, it answers the same. *refuses*: "
+        "with a message that says why."
+    )
+    return f"# Methods\n\n{table(rows, columns)}\n\n{legend}\n"
 
 
 def verbs_page() -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from skimage import data
 
 from foveal.backbones.adapter import DEFAULT, imagenet_classifier, load_backbone, normalise
 from foveal.backbones.weights import read_tensors, rename_in_order, shipped_file
@@ -36,10 +37,9 @@ def test_default_is_shipped_and_preprocessed_as_published():
 
 
 def test_default_recognises_a_cat_and_a_cup_of_coffee():
-    skimage_data = pytest.importorskip("skimage.data")
     model = imagenet_classifier(offline=True)
     answers = []
-    for photo in (skimage_data.chelsea(), skimage_data.coffee()):
+    for photo in (data.chelsea(), data.coffee()):
         pixels = torch.from_numpy(to_pixels(Image.fromarray(photo), model.backbone.preprocessing).copy())[None]
         with torch.inference_mode():
             answers.append(model(normalise(pixels, model.backbone.preprocessing)).softmax(1)[0])

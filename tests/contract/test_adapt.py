@@ -6,6 +6,8 @@ Either the whole contract holds, or the method refuses the backbone with a clear
 import copy
 import dataclasses
 import io
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from foveal.ship.export import export_onnx
 from foveal.train.loop import train
 
 SIZE, CLASSES, IMAGES = 64, 3, 18
+CAPABILITIES = Path(__file__).resolve().parents[2] / "docs" / "methods" / "capabilities.json"
 FAMILIES = ("cnn", "vit", "windowed", "hybrid")
 METHODS = catalogue.names("adapt")
 
@@ -129,6 +132,7 @@ def test_contract(name: str, family: str, tmp_path: Path):
         assert not method.reads_features(), "a frozen-feature method must take every backbone"
         assert len(str(refusal)) > 30, f"refusal says too little: {refusal}"
         assert given.arch in str(refusal) or name in str(refusal)
+        as_documented(name, family, "refuses")
         return
     assert all(torch.equal(value, before[key]) for key, value in given.state_dict().items())
     assert hooks(made) == 0
@@ -153,6 +157,16 @@ def test_contract(name: str, family: str, tmp_path: Path):
             assert torch.equal(value, resumed.state_dict()[key]), f"resumed training ended with another {key}"
         check_gradients(method, family)
     check_export(made, given.preprocessing, tmp_path)
+    as_documented(name, family, "works")
+
+
+def as_documented(name: str, family: str, found: str) -> None:
+    """What the battery found is what the docs say; with FOVEAL_WRITE_CAPABILITIES=1 (`make capabilities`), write it."""
+    known = json.loads(CAPABILITIES.read_text(encoding="utf-8")) if CAPABILITIES.exists() else {}
+    if os.environ.get("FOVEAL_WRITE_CAPABILITIES") == "1":
+        known.setdefault(name, {})[family] = found
+        CAPABILITIES.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    assert known.get(name, {}).get(family) == found, "docs/methods/capabilities.json is out of date: make capabilities"
 
 
 def check_gradients(method: Adapt, family: str) -> None:

@@ -3,14 +3,13 @@ from __future__ import annotations
 import json
 import sys
 
+import datasets
 import pytest
 from PIL import Image
 
 from foveal.core.errors import DataError, MissingExtra
 from foveal.data import hub
 from foveal.data.open import open_dataset
-
-datasets = pytest.importorskip("datasets")
 
 
 def rows(count: int, seed: int, picture):

@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
+from skimage import data
 from torch import Tensor, nn
 
 from foveal.backbones.adapter import DEFAULT, Backbone, load_backbone, normalise
@@ -97,7 +98,6 @@ def test_the_file_answers_as_torch(get, photos, tmp_path, name, size):
 
 
 def test_default_backbone_on_real_photos(tmp_path):
-    data = pytest.importorskip("skimage.data")
     photos = [Image.fromarray(photo) for photo in (data.chelsea(), data.coffee(), data.astronaut(), data.rocket())]
     photos += [photos[0].crop((100, 100, 137, 150)), photos[1].resize((1800, 1201))]
     model = calibrated(load_backbone(DEFAULT, offline=True))
