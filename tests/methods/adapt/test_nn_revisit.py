@@ -205,16 +205,31 @@ def test_tuning_equals_an_exhaustive_search():
     log_weights = weights.log()[rows]
     ks, temperatures, mixes = (1, 4, 16), (0.05, 0.5), (0.0, 0.3, 0.6)
     correct = (y[rows] == y[:, None])[..., None]
-    scores = {}
+    p_linear = 0.4 + 0.2 * p_linear
+    rows_of, w = {}, weights / weights.sum()
     for k in ks:
         for T in temperatures:
             p = vote(similarity[:, :k], correct[:, :k], T, log_weights[:, :k])
             for mix in mixes:
-                scores[k, T, mix] = float((mixed(p, p_linear, mix).clamp_min(1e-12).log()[:, 0] * weights).sum())
-    best = max(scores, key=lambda key: scores[key])
+                rows_of[k, T, mix] = mixed(p, p_linear, mix).clamp_min(1e-12).log()[:, 0]
+    best = max(rows_of, key=lambda key: float((w * rows_of[key]).sum()))
+    gain = rows_of[best] - p_linear.log()[:, 0]
+    mean = (w * gain).sum()
+    assert float(mean) > float((w**2 * (gain - mean) ** 2).sum().sqrt()), "these data should favour the vote"
     assert tune(similarity, correct, log_weights, p_linear, weights, ks, temperatures, mixes) == best
-    sure = torch.ones_like(p_linear)
-    assert tune(similarity, correct, log_weights, sure, weights, ks, temperatures, mixes)[2] == 0.0
+
+
+def test_a_gain_within_its_standard_error_is_no_reason_to_mix():
+    """One row in two gains what the other loses, but for a trifle."""
+    similarity, correct = torch.zeros(100, 1), (torch.arange(100) % 2 == 0)[:, None, None]
+    p_linear, ones = torch.full((100, 1), 0.499), torch.ones(100)
+    log_weights = torch.zeros(100, 1)
+    assert tune(similarity, correct, log_weights, p_linear, ones, (1,), (1.0,), (0.0, 0.05))[2] == 0.0
+    assert tune(similarity, correct, log_weights, p_linear, ones, (1,), (1.0,), (0.05,))[2] == 0.05
+    correct[:] = True
+    assert tune(similarity, correct, log_weights, p_linear, ones, (1,), (1.0,), (0.0, 0.05))[2] == 0.05
+    sure = torch.ones(100, 1)
+    assert tune(similarity, correct, log_weights, sure, ones, (1,), (1.0,), (0.0, 0.05))[2] == 0.0
 
 
 def test_scattered_clusters_are_left_to_the_vote_and_noise_to_neither():

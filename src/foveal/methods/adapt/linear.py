@@ -12,9 +12,10 @@ from ImageNet backbones. It needs labels and nothing else.
 The strength c is scikit-learn's `C`: at the same value the weights agree. With c=0 it is chosen among eight values
 by log-loss on folds of the rows given, so test images and calibration folds are never looked at.
 
-When not to use it: with fewer than about 32 images a class `gda-clip` is usually better and needs no tuning; with
-several thousand images unlike those the backbone was trained on, `full` or `lora` can change the features, which
-no linear layer can; with classes that are scattered clusters, `nn-revisit` follows them.
+When not to use it: with a handful of images a class there is nothing to choose c on, and `gda-clip`, which has
+nothing to choose, is often ahead; with several thousand images unlike those the backbone was trained on, `full` or
+`lora` can change the features, which no linear layer can; with classes that are scattered clusters, `nn-revisit`
+follows them.
 """
 
 from __future__ import annotations

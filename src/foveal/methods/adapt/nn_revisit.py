@@ -128,9 +128,9 @@ def focal_factor(p_true: Tensor, gamma: float) -> Tensor:
     return (1 - p_true.detach()).clamp(0, 1) ** gamma
 
 
-def likelihoods(p_true: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean log-likelihood of the label probabilities p_true [m, C or 1, ...] over the first two."""
-    return (p_true.clamp(1e-12, 1).log() * weights.view(-1, *[1] * (p_true.ndim - 1))).sum((0, 1)) / weights.sum()
+def log_likelihoods(p_true: Tensor) -> Tensor:
+    """Log-likelihood [m, ...] of each row from the probabilities [m, C or 1, ...] of what it is."""
+    return p_true.clamp(1e-12, 1).log().sum(1)
 
 
 def tune(
@@ -145,12 +145,16 @@ def tune(
 ) -> tuple[int, float, float]:
     """k, T and mix with the greatest weighted likelihood; ties keep the smallest mix, then the first k and T.
 
+    The mix is 0 unless the likelihood gains more than one standard error over the classifier's alone: the best of
+    many settings always gains something by chance, the more so the fewer the rows.
+
     Args:
         similarity: [m, K] of each row's neighbours, best first; their log_weights [m, K].
         correct: [m, K, C] whether a neighbour agrees with the row about class c; C is 1 for one label per image.
         p_linear: [m, C] held-out probability of what the row is.
     """
-    best = (-torch.inf, ks[0], temperatures[0], 0.0)
+    share, alone = weights / weights.sum(), log_likelihoods(p_linear)
+    best, best_rows = (-torch.inf, ks[0], temperatures[0], mixes[0]), alone
     agree = correct.to(similarity.dtype)
     segments = list(pairwise([0, *ks]))
     blend = torch.tensor(mixes, dtype=similarity.dtype)
@@ -161,11 +165,15 @@ def tune(
         total = torch.stack([mass[:, a:b].sum(1) for a, b in segments], 1).cumsum(1)
         hit = torch.stack([hits[:, a:b].sum(1) for a, b in segments], 2).cumsum(2)
         p_knn = hit / total[:, None]
-        score = likelihoods(mixed(p_knn[..., None], p_linear[..., None, None], blend), weights)
+        of_rows = log_likelihoods(mixed(p_knn[..., None], p_linear[..., None, None], blend))
+        score = torch.einsum("m,mij->ij", share, of_rows)
         i, j = divmod(int(score.argmax()), len(mixes))
         if float(score[i, j]) > best[0]:
-            best = (float(score[i, j]), ks[i], temperature, mixes[j])
-    return best[1:]
+            best, best_rows = (float(score[i, j]), ks[i], temperature, mixes[j]), of_rows[:, i, j]
+    gain = best_rows - alone
+    mean = (share * gain).sum()
+    error = (share.square() * (gain - mean).square()).sum().sqrt()
+    return best[1], best[2], 0.0 if 0.0 in mixes and mean <= error else best[3]
 
 
 class NeighbourMix(nn.Module):
@@ -282,7 +290,7 @@ class NnRevisit(Adapt):
         n, classes = labels.shape
         if chosen.k > n:
             warnings.warn(f"k={chosen.k} exceeds the {n} images: using {n}", stacklevel=3)
-        ks = (min(chosen.k, n - 1),) if chosen.k else tuple(k for k in NEIGHBOURS if k <= max(1, n // 4))
+        ks = (min(chosen.k, n - 1),) if chosen.k else tuple(k for k in NEIGHBOURS if k <= min(n - 1, max(16, n // 4)))
         temperatures = (chosen.temperature,) if chosen.temperature else TEMPERATURES
         mixes = (chosen.mix,) if chosen.mix >= 0 else MIXES
         if len(ks) == len(temperatures) == len(mixes) == 1:
