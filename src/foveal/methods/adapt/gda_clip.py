@@ -14,8 +14,8 @@ the reference's pseudo-inverse silently answers W = 0: here it is the nearest me
 are gathered in one pass and merge exactly, so classes and images can be added without the old images.
 
 When not to use it: with some tens of images a class, logistic regression with a tuned penalty (`linear`) is as good
-or better, and on easy data clearly so; when classes are several clusters or differ in spread rather than in mean, no linear rule will do (`nn-revisit`);
-with several labels per image the Gaussians are not defined and it refuses.
+or better, and on easy data clearly so; when classes are several clusters, or differ in spread rather than in mean,
+no linear rule will do (`nn-revisit`); with several labels per image the Gaussians are not defined and it refuses.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveal.blocks.heads import linear_head
@@ -70,7 +71,7 @@ class Statistics:
         return Statistics(weight, self.mean + share * apart, self.scatter + other.scatter + between)
 
 
-def precision_cholesky(scatter: Tensor, images: float) -> Tensor:
+def precision_cholesky(scatter: Float[Tensor, "D D"], images: int | float) -> Float[Tensor, "D D"]:
     """Lower Cholesky factor [D, D] of P^-1 = [(N - 1) S + tr(S) I] / D, where (N - 1) S is `scatter`."""
     D = len(scatter)
     inverse = scatter / D
@@ -78,7 +79,9 @@ def precision_cholesky(scatter: Tensor, images: float) -> Tensor:
     return torch.linalg.cholesky(inverse)
 
 
-def discriminant(statistics: Statistics, prior: Tensor) -> tuple[Tensor, Tensor]:
+def discriminant(
+    statistics: Statistics, prior: Float[Tensor, " C"]
+) -> tuple[Float[Tensor, "D C"], Float[Tensor, " C"]]:
     """W [D, C] and b [C] of the Gaussian discriminant with class probabilities `prior` [C].
 
     Without any spread inside the classes P is D I: the nearest mean.
