@@ -4,7 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
 from PIL import Image
+
+install_import_hook("foveal.methods", "beartype.beartype")
+"""The shapes in the methods' signatures are checked whenever a test calls them."""
 
 COLOURS = {"blue": 2, "green": 1, "red": 0}
 

@@ -22,7 +22,7 @@ since merged weights are a whole backbone per task (`vpt`).
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -82,7 +82,7 @@ def called(backbone: Any, names: list[str]) -> list[str]:
 class LoraClassifier(SteadyClassifier):
     """A backbone wrapped by peft, and a head. The backbone is in eval mode, but for the dropout of the corrections."""
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> LoraClassifier:
         super().train(mode)
         for name, module in self.backbone.named_modules():
             if name.endswith(".lora_dropout"):

@@ -23,6 +23,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveal.blocks.heads import linear_head
@@ -31,7 +32,7 @@ from foveal.core.method import Adapt, Spec, method
 from foveal.core.options import option, options
 
 
-def shared_variance(moments: ClassMoments) -> Tensor:
+def shared_variance(moments: ClassMoments) -> Float[Tensor, " D"]:
     """Pooled within-class variance v [D]; the total variance, with a warning, when no class has any spread."""
     pi = (moments.weight / moments.weight.sum())[:, None]
     within = (pi * moments.variance).sum(0)
@@ -42,12 +43,14 @@ def shared_variance(moments: ClassMoments) -> Tensor:
     return within + (pi * (moments.mean - (pi * moments.mean).sum(0)).square()).sum(0)
 
 
-def default_eps(variance: Tensor) -> float:
+def default_eps(variance: Float[Tensor, " D"]) -> float:
     """What to add to variances [D] so that dead features do not dominate: max(1e-9, median / 1000)."""
     return max(1e-9, 1e-3 * float(variance.median()))
 
 
-def naive_bayes(moments: ClassMoments, prior: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def naive_bayes(
+    moments: ClassMoments, prior: Float[Tensor, " C"], eps: float
+) -> tuple[Float[Tensor, "C D"], Float[Tensor, " C"]]:
     """Weight [C, D] and bias [C] of the naive Bayes rule, less the score of the overall mean (common to all classes).
 
     A feature whose variance plus eps is 0 is left out.

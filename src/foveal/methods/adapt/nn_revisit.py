@@ -29,6 +29,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from foveal.blocks.heads import linear_head
@@ -47,7 +48,7 @@ TUNING_ENTRIES = 2**24
 TILE = 2**21
 
 
-def inverse_norms(centred: Tensor, mean: Tensor) -> Tensor:
+def inverse_norms(centred: Float[Tensor, "B D"], mean: Float[Tensor, " D"]) -> Float[Tensor, " B"]:
     """1 / |row| of each row [B, D]; 0 for one that differs from the mean by rounding alone, and so has no direction."""
     norms = centred.norm(dim=1)
     rounding = 8 * torch.finfo(mean.dtype).eps * mean.norm()
@@ -83,7 +84,9 @@ class Datastore:
         return products * (2 * self.inverse) - (self.inverse > 0).to(q.dtype)
 
 
-def nearest(store: Datastore, q: Tensor, k: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def nearest(
+    store: Datastore, q: Float[Tensor, "B D"], k: int, own: Tensor | None = None
+) -> tuple[Float[Tensor, "B k"], Int[Tensor, "B k"]]:
     """Similarities [B, k] and rows [B, k] of the nearest neighbours, best first.
 
     Args:
@@ -108,7 +111,12 @@ def nearest(store: Datastore, q: Tensor, k: int, own: Tensor | None = None) -> t
     return best, index
 
 
-def vote(similarity: Tensor, labels: Tensor, temperature: Tensor | float, log_weights: Tensor | float = 0.0) -> Tensor:
+def vote(
+    similarity: Float[Tensor, "B k"],
+    labels: Shaped[Tensor, "B k ..."],
+    temperature: Tensor | float,
+    log_weights: Tensor | float = 0.0,
+) -> Float[Tensor, "B ..."]:
     """Share [B, ...] of each class among neighbours with similarity [B, k] and labels [B, k, ...] of 0 and 1."""
     share = (similarity / temperature + log_weights).softmax(1).to(similarity.dtype)
     return torch.einsum("bk,bk...->b...", share, labels.to(share.dtype))

@@ -24,6 +24,7 @@ import math
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveal.blocks.tuning import SteadyClassifier, zero_linear
@@ -32,19 +33,21 @@ from foveal.core.method import Adapt, Classifier, Recipe, Spec, method
 from foveal.core.options import option, options
 
 
-def prompt_bound(patch: float, width: int) -> float:
+def prompt_bound(patch: int | float, width: int) -> float:
     """v of the uniform start U(-v, v) for patches of `patch` pixels a side and tokens of `width` numbers."""
     return math.sqrt(6 / (3 * patch**2 + width))
 
 
-def insert_prompts(tokens: Tensor, prompts: Tensor, prefix: int) -> Tensor:
+def insert_prompts(
+    tokens: Float[Tensor, "B N d"], prompts: Float[Tensor, "B p d"], prefix: int
+) -> Float[Tensor, "B M d"]:
     """Tokens [B, N, d], prompts [B, p, d] -> [B, N + p, d], prompts right after the `prefix` class tokens."""
     if prompts.shape[1] == 0:
         return tokens
     return torch.cat([tokens[:, :prefix], prompts, tokens[:, prefix:]], dim=1)
 
 
-def strip_prompts(tokens: Tensor, count: int, prefix: int) -> Tensor:
+def strip_prompts(tokens: Float[Tensor, "B M d"], count: int, prefix: int) -> Float[Tensor, "B N d"]:
     """Tokens [B, N + count, d] -> [B, N, d] without the `count` prompts that follow the class tokens."""
     if count == 0:
         return tokens
@@ -57,11 +60,12 @@ class PromptedClassifier(SteadyClassifier):
     def __init__(self, backbone: Any, head: nn.Module, prompts: Tensor, dropout: float = 0.0) -> None:
         super().__init__(backbone, head)
         self.prompts = nn.Parameter(prompts)
+        self.count: int = prompts.shape[1]
         self.dropout = nn.Dropout(dropout)
 
     def features(self, images: Tensor) -> Tensor:
         backbone: Any = self.backbone
-        tokens, prefix, count = backbone.embed(images), backbone.prefix, self.prompts.shape[1]
+        tokens, prefix, count = backbone.embed(images), backbone.prefix, self.count
         for index, block in enumerate(backbone.blocks):
             if index < len(self.prompts):
                 if index > 0:
