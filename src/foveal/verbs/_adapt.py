@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,13 +104,33 @@ class FrozenRows:
 
         Of all rows, or of the last fold's only when there are many.
         """
-        held: list[Tensor] = []
-        for fold in [FOLDS - 1] if len(self.X) > ONE_FOLD_ABOVE else range(FOLDS):
+
+        def held_out(fold: int) -> Tensor:
             start, stop = self.bounds(fold)
-            if start < stop:
-                X, y, weights = (without(rows, start, stop) for rows in (self.X, self.y, self.weights))
-                held.append(logits_of(method.fit_features(X, y, weights, seed), self.X[start:stop]))
-        return torch.cat(held)
+            X, y, weights = (without(rows, start, stop) for rows in (self.X, self.y, self.weights))
+            return logits_of(method.fit_features(X, y, weights, seed), self.X[start:stop])
+
+        if len(self.X) > ONE_FOLD_ABOVE:
+            return held_out(FOLDS - 1)
+        occupied = self.fold.unique().tolist()
+        with side_by_side() as pool:
+            return torch.cat(list(pool.map(held_out, occupied)))
+
+    def fit(self, method: Adapt, seed: int) -> nn.Module:
+        """The head from all training rows."""
+        return method.fit_features(self.X, self.y, self.weights, seed).eval()
+
+
+@contextmanager
+def side_by_side() -> Generator[ThreadPoolExecutor]:
+    """A pool for fits of a few thousand rows: one core each, for cores that share one such fit mostly wait."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 def without(rows: Tensor, start: int, stop: int) -> Tensor:
@@ -159,8 +182,12 @@ def adapt_frozen(
     """Fit a head on frozen features, calibrated on out-of-fold logits."""
     start = time.perf_counter()
     inner = derive(seed, "fit")
+    if len(rows.X) > ONE_FOLD_ABOVE:
+        head = rows.fit(method, inner)
+    else:
+        with side_by_side() as pool:
+            head = pool.submit(rows.fit, method, inner).result()
     logits = rows.out_of_fold(method, inner) if out_of_fold is None else out_of_fold
-    head = method.fit_features(rows.X, rows.y, rows.weights, inner).eval()
     held = slice(len(rows.X) - len(logits), None)
     held_out = Known(rows.train[held], rows.X[held], rows.y[held], logits)
     whole = len(logits) == len(rows.X)
