@@ -31,14 +31,13 @@ set_seed(task["seed"], reproducible=True)
 body = timm.create_model(task["arch"], pretrained=False, num_classes=0)
 body.load_state_dict(load_file(task["weights"]))
 model = torch.nn.Sequential(body, torch.nn.Linear(body.num_features, len(task["classes"])))
-items = list(zip(task["paths"], task["labels"]))
 kept = [i for i, s in enumerate(task["splits"]) if s != "test"]
 test = [i for i, s in enumerate(task["splits"]) if s == "test"]
 def blocks(order, valid):
-    return DataBlock((ImageBlock, CategoryBlock(vocab=task["classes"], sort=False)), get_x=lambda r: r[0],
-        get_y=lambda r: r[1], splitter=IndexSplitter(list(range(len(order) - valid, len(order)))),
+    return DataBlock((ImageBlock, CategoryBlock(vocab=task["classes"], sort=False)), get_x=lambda i: task["paths"][i],
+        get_y=lambda i: task["labels"][i], splitter=IndexSplitter(list(range(len(order) - valid, len(order)))),
         item_tfms=Resize(256), batch_tfms=[*aug_transforms(size=224), Normalize.from_stats([0.5] * 3, [0.5] * 3)],
-    ).dataloaders([items[i] for i in order], bs=64, num_workers=0)
+    ).dataloaders(order, bs=64, num_workers=0)
 dls = blocks(kept + test, len(test))
 history = []
 class Measure(Callback):
