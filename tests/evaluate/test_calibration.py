@@ -22,6 +22,7 @@ from foveal.evaluate.calibration import (
     to_probabilities,
 )
 from foveal.evaluate.ood import Energy, Mahalanobis
+from foveal.features.graph import to_onnx
 
 
 def world(n: int, C: int, temperature: float, seed: int = 0):
@@ -182,8 +183,9 @@ def test_calibrated_answers(task):
 def test_calibrated_exports_to_onnx_for_any_batch(ood: nn.Module, tmp_path):
     made = model("single-label", ood)
     path = tmp_path / "model.onnx"
-    batch = torch.export.Dim("batch", min=1)
-    torch.onnx.export(made, (torch.randn(2, 3, 8, 8),), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+    names = ["probabilities", "score"]
+    dynamic = {name: {0: "N"} for name in ("images", *names)}
+    to_onnx(made, (torch.randn(2, 3, 8, 8),), path, ["images"], names, dynamic)
     session = onnxruntime.InferenceSession(path)
     for n in (1, 7):
         images = torch.randn(n, 3, 8, 8)

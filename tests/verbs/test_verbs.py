@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from foveal.data.worlds import garbage
 from PIL import Image
 
 import foveal
 from foveal.core.errors import UsageError
+from foveal.data.worlds import garbage
 
 METRICS = {"accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"}
 FILES = {
