@@ -1,5 +1,6 @@
 """SIGKILL at any moment: the same command goes on and ends with the same bits; no half Bundle is ever seen."""
 
+import json
 import os
 import resource
 import signal
@@ -47,6 +48,30 @@ def test_killed_fits_go_on_to_the_same_bits(photos: Path, cache: Path, tiny: str
     assert fit(photos, method, tiny, target).wait() == 0
     assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert {entry.name for entry in tmp_path.iterdir()} == {"whole", "killed"}
+
+
+def test_a_killed_comparison_keeps_its_rows(photos: Path, cache: Path, tmp_path: Path):
+    code = "import sys, foveal; foveal.compare(sys.argv[1], methods='linear,gda-clip', seeds=3, out=sys.argv[2])"
+
+    def compare(out: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", code, str(photos), str(out)], stderr=subprocess.DEVNULL)
+
+    process = compare(tmp_path / "killed")
+    kept = tmp_path / "killed.work" / "rows.jsonl"
+    while process.poll() is None and not (kept.exists() and kept.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    finished = [json.loads(line) for line in kept.read_text().rpartition("\n")[0].splitlines()]
+    assert 2 <= len(finished) < 12
+    assert compare(tmp_path / "killed").wait() == 0
+    assert compare(tmp_path / "whole").wait() == 0
+    rows, whole = (
+        json.loads((tmp_path / name / "comparison.json").read_text())["rows"] for name in ("killed", "whole")
+    )
+    assert all(row in rows for row in finished)
+    measured = ("method", "seed", "accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
+    assert [[row[key] for key in measured] for row in rows] == [[row[key] for key in measured] for row in whole]
 
 
 def test_interrupted_by_the_keyboard_it_says_how_to_go_on(photos: Path, cache: Path, tiny: str, tmp_path: Path):

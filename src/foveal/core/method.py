@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -113,7 +113,7 @@ class Adapt(Method):
     """Backbone + labelled images -> classifier.
 
     A method that reads frozen features overrides `fit_features` (and `head`, when its head is not an
-    `nn.Linear`). A method that trains through the backbone overrides `attach` and `recipe`.
+    `nn.Linear`). A method that trains through the backbone overrides `attach`.
     """
 
     def fit_features(self, X: Tensor, y: Tensor, weights: Tensor, seed: int) -> nn.Module:
@@ -141,8 +141,9 @@ class Adapt(Method):
         raise UsageError(f"{self.name} does not train through the backbone")
 
     def recipe(self) -> Recipe:
-        """How the loop should train what `attach` returned."""
-        return Recipe()
+        """How the loop should train what `attach` returned: the options that have a Recipe field's name."""
+        chosen = options_to_dict(self.options)
+        return Recipe(**{field.name: chosen[field.name] for field in fields(Recipe) if field.name in chosen})
 
     def parameter_groups(self, model: Classifier, recipe: Recipe) -> list[dict[str, Any]]:
         """Optimiser groups: no weight decay on vectors (biases, norms), by default."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -29,7 +30,7 @@ GRAPH = 1
 TOLERANCE = 1e-3
 
 
-class Session:
+class Session(ABC):
     """Pixels uint8 [B, S, S, 3] -> features float32 [B, D]. May be called from several threads at once.
 
     Attributes:
@@ -44,8 +45,8 @@ class Session:
     batch: int
     note: str = ""
 
-    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        raise NotImplementedError
+    @abstractmethod
+    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]: ...
 
 
 class OnnxSession(Session):

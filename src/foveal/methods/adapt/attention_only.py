@@ -138,15 +138,5 @@ class AttentionOnly(Adapt):
         attention_only(backbone)
         return SteadyClassifier(backbone, zero_linear(backbone.width, classes))
 
-    def recipe(self) -> Recipe:
-        chosen: Options = self.options
-        return Recipe(
-            epochs=chosen.epochs,
-            batch_size=chosen.batch_size,
-            lr=chosen.lr,
-            weight_decay=chosen.weight_decay,
-            augment=chosen.augment,
-        )
-
     def parameter_groups(self, model: Classifier, recipe: Recipe) -> list[dict[str, Any]]:
         return two_speeds(model, recipe, self.options.head_lr_multiplier)

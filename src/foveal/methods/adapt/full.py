@@ -54,16 +54,5 @@ class Full(Adapt):
     def attach(self, backbone: Any, classes: int) -> Classifier:
         return Classifier(backbone.requires_grad_(True), zero_linear(backbone.width, classes))
 
-    def recipe(self) -> Recipe:
-        chosen: Options = self.options
-        return Recipe(
-            epochs=chosen.epochs,
-            batch_size=chosen.batch_size,
-            lr=chosen.lr,
-            weight_decay=chosen.weight_decay,
-            augment=chosen.augment,
-            label_smoothing=chosen.label_smoothing,
-        )
-
     def parameter_groups(self, model: Classifier, recipe: Recipe) -> list[dict[str, Any]]:
         return two_speeds(model, recipe, self.options.head_lr_multiplier)

@@ -139,16 +139,6 @@ class Lora(Adapt):
         wrapped = LoraModel(backbone, {"default": config}, "default")
         return LoraClassifier(wrapped, zero_linear(backbone.width, classes))
 
-    def recipe(self) -> Recipe:
-        chosen: Options = self.options
-        return Recipe(
-            epochs=chosen.epochs,
-            batch_size=chosen.batch_size,
-            lr=chosen.lr,
-            weight_decay=chosen.weight_decay,
-            augment=chosen.augment,
-        )
-
     def parameter_groups(self, model: Classifier, recipe: Recipe) -> list[dict[str, Any]]:
         return two_speeds(model, recipe, self.options.head_lr_multiplier)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from foveal.blocks.tuning import SteadyClassifier, zero_linear
 from foveal.core.errors import BackboneError
-from foveal.core.method import Adapt, Classifier, Recipe, Spec, method
+from foveal.core.method import Adapt, Classifier, Spec, method
 from foveal.core.options import option, options
 
 
@@ -122,13 +122,3 @@ class Vpt(Adapt):
         places = len(backbone.blocks) if chosen.deep else 1
         prompts = torch.empty(places, chosen.prompts, tokens.shape[2]).uniform_(-bound, bound)
         return PromptedClassifier(backbone, zero_linear(backbone.width, classes), prompts, chosen.dropout)
-
-    def recipe(self) -> Recipe:
-        chosen: Options = self.options
-        return Recipe(
-            epochs=chosen.epochs,
-            batch_size=chosen.batch_size,
-            lr=chosen.lr,
-            weight_decay=chosen.weight_decay,
-            augment=chosen.augment,
-        )
