@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import foveal
-from foveal.core.errors import UsageError
+from foveal.core.errors import BackboneError, UsageError
 from foveal.data.worlds import garbage
 
 METRICS = {"accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece"}
@@ -135,6 +135,13 @@ def test_compare_has_a_row_per_method_and_seed_beside_the_references(photos: Pat
     }
     with (tmp_path / "c" / "comparison.csv").open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == [row["method"] for row in rows]
+
+
+def test_compare_leaves_out_what_the_backbone_cannot_do(photos: Path, cache: Path, tmp_path: Path):
+    rows = foveal.compare(str(photos), methods="linear,vpt", out=tmp_path / "c").to_dict()
+    assert [row["method"] for row in rows] == ["linear", "majority", "brightness"]
+    with pytest.raises(BackboneError, match="VPT needs transformer blocks"):
+        foveal.compare(str(photos), methods="vpt", out=tmp_path / "d")
 
 
 def test_check_finds_what_is_wrong(photos: Path, cache: Path, tmp_path: Path):

@@ -43,14 +43,15 @@ def compare(
 ) -> Result:
     """Measure methods side by side on held-out images, beside two reference rows.
 
-    Writes comparison.json, comparison.csv and comparison.html. Stopped or killed, the same command goes on.
+    A method that cannot work on the backbone is named and left out. Writes comparison.json, comparison.csv and
+    comparison.html. Stopped or killed, the same command goes on.
 
     Example: foveal compare sample:digits --methods linear,gda-clip --seeds 2
     """
     import shutil
     import time
 
-    from foveal.core.errors import UsageError
+    from foveal.core.errors import BackboneError, UsageError
     from foveal.verbs._adapt import FrozenRows, adapt, check_suits, choose
     from foveal.verbs._compared import Ledger, write_tables
     from foveal.verbs._prepare import check_choices, parse_budget, prepare
@@ -78,8 +79,9 @@ def compare(
 
     request = {"data": str(data), "backbone": backbone, "class_weights": class_weights, "budget": budget}
     ledger = Ledger(out.with_name(out.name + ".work"), request)
+    refused: dict[str, BackboneError] = {}
     for run in range(seed, seed + seeds):
-        wanted = [name for name in chosen if not ledger.has(name, run)]
+        wanted = [name for name in chosen if name not in refused and not ledger.has(name, run)]
         if not wanted and ledger.has("majority", run):
             continue
         splits = prepared.splits(run)
@@ -88,15 +90,23 @@ def compare(
         for name in wanted:
             progress.say(f"seed {run}: {name}")
             work = ledger.folder / f"{name.replace(':', '-')}-{run}"
-            adapted = adapt(
-                chosen[name], prepared, splits, rows, run, class_weights,
-                device=device, work=work, budget=limit, progress=progress,
-            )  # fmt: skip
+            try:
+                adapted = adapt(
+                    chosen[name], prepared, splits, rows, run, class_weights,
+                    device=device, work=work, budget=limit, progress=progress,
+                )  # fmt: skip
+            except BackboneError as refusal:
+                refused[name] = refusal
+                progress.say(f"{name} is left out: {refusal}")
+                continue
             ledger.add(row(name, run, adapted, prepared, device))
         labels = prepared.dataset.labels[splits == "test"]
         for name, probabilities in reference_probabilities(prepared, splits, run, class_weights).items():
             ledger.add(reference_row(name, run, probabilities, labels, prepared))
-    table_rows = ledger.rows([*chosen, "majority", "brightness"], range(seed, seed + seeds))
+    measured = [name for name in chosen if name not in refused]
+    if not measured:
+        raise next(iter(refused.values()))
+    table_rows = ledger.rows([*measured, "majority", "brightness"], range(seed, seed + seeds))
     content = {
         "data": prepared.dataset.name,
         "backbone": prepared.backbone.name,
