@@ -51,6 +51,7 @@ class Measure(Callback):
         p, y = torch.cat(self.p), torch.cat(self.y)
         history.append({"seconds": self.spent, "balanced_accuracy": float(balanced_accuracy_score(y, p.argmax(1))),
             "auroc": float(roc_auc_score(y, p[:, 1]))})
+        print(f"fastai, epoch {len(history)}: {history[-1]}", file=sys.stderr, flush=True)
 split = lambda m: [params(m[0]), params(m[1])]
 learner = Learner(dls, model, loss_func=CrossEntropyLossFlat(), splitter=split, cbs=[Measure()])
 setup = time.perf_counter() - start
@@ -99,10 +100,8 @@ def measured(python: str, code: str, *arguments: str, cache: Path | None = None)
     environment = {**os.environ, **({"FOVEAL_CACHE": str(cache)} if cache else {})}
     start = time.perf_counter()
     done = subprocess.run(
-        [python, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
+        [python, "-c", code, *arguments], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
     return {**json.loads(done.stdout.splitlines()[-1]), "wall": time.perf_counter() - start}
 
 

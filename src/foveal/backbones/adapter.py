@@ -212,6 +212,8 @@ def build(plan: Plan, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The timm module of a plan; with `tensors` (exactly its state dict), they become its parameters."""
     import timm
 
+    import foveal.architectures  # noqa: F401
+
     def create() -> nn.Module:
         return timm.create_model(plan.arch, pretrained=False, num_classes=0, **plan.args)
 
@@ -308,6 +310,8 @@ def list_backbones(filter: str | None = None) -> list[dict[str, Any]]:
     import huggingface_hub as hub
     import timm
 
+    import foveal.architectures  # noqa: F401
+
     pattern = filter if filter and any(sign in filter for sign in "*?[") else f"*{filter or ''}*"
     rows: list[dict[str, Any]] = []
     for name in timm.list_models():
@@ -350,6 +354,8 @@ def locate(name: str) -> tuple[str, Path | None]:
 
 def pretrained_config(arch: str) -> Any:
     import timm
+
+    import foveal.architectures  # noqa: F401
 
     config = cast(Any, timm.get_pretrained_cfg(arch)) if timm.is_model(arch) else None
     if config is None:
