@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from foveal.core.progress import Progress
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def reproduce(
-    name: Annotated[str, "Name of a method."],
+    name: Annotated[str, "Name of a method or an architecture."],
     *,
     tiny: Annotated[bool, "Seconds instead of minutes; shows that it runs, measures nothing, writes no card."] = False,
     seeds: Annotated[int | None, "How many seeds, from 0; default: the card's."] = None,
@@ -27,10 +26,10 @@ def reproduce(
     import statistics
     import time
 
-    from foveal.core import cards, catalogue
+    from foveal.core import cards
 
     progress = progress or Progress()
-    experiment = load_reproduction(name, catalogue.get(name).spec.family)
+    experiment = load_reproduction(name)
     card = cards.read_card(name)
     expectation = card["expectation"]
     count = seeds or (1 if tiny else expectation["seeds"])
@@ -64,27 +63,30 @@ def reproduce(
     return Result({"name": name, "tiny": tiny, **measured}, text)
 
 
-def load_reproduction(name: str, family: str) -> Callable[..., dict[str, float]]:
+def load_reproduction(name: str) -> Callable[..., dict[str, float]]:
     """The function `reproduce(seed, tiny)` of reproductions/<family>/<name>.py.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: there is no such file; the nearest names are shown.
     """
+    import difflib
     import importlib.util
 
     from foveal.core.catalogue import PACKAGE
     from foveal.core.errors import UsageError
 
-    relative = Path(family) / f"{name.replace('-', '_')}.py"
-    for root in (PACKAGE / "_reproductions", PACKAGE.parents[1] / "reproductions"):
-        if (root / relative).is_file():
-            spec = importlib.util.spec_from_file_location(f"foveal_reproduction_{relative.stem}", root / relative)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            return module.reproduce
-    raise UsageError(f"no reproduction of '{name}': expected reproductions/{relative.as_posix()}")
+    roots = (PACKAGE / "_reproductions", PACKAGE.parents[1] / "reproductions")
+    files = {file.stem.replace("_", "-"): file for root in roots for file in root.glob("*/[!_]*.py")}
+    if name not in files:
+        near = difflib.get_close_matches(name, files, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(files))}"
+        raise UsageError(f"no reproduction of '{name}': {hint}")
+    spec = importlib.util.spec_from_file_location(f"foveal_reproduction_{files[name].stem}", files[name])
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.reproduce
 
 
 def versions() -> dict[str, str]:
