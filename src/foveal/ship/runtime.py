@@ -1,17 +1,52 @@
-"""An exported model in ONNX Runtime: decoded squares in, probabilities and unknown scores out."""
+"""An exported model on a CPU: decoded squares in, probabilities and unknown scores out, by the engine chosen."""
 
 from __future__ import annotations
 
 import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foveal.core.errors import BundleError
+from foveal.core.bundle import read_json
+from foveal.core.errors import BundleError, MissingExtra, UsageError
 from foveal.core.method import Task
 from foveal.core.preprocessing import Preprocessing
+
+Answers = tuple[NDArray[np.float32], NDArray[np.float32]]
+Run = Callable[[NDArray[np.uint8]], Answers]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run an exported model."""
+
+    name: str
+    engine: Literal["onnxruntime", "openvino"]
+    precision: Literal["fp32", "bf16", "int8"]
+
+    @property
+    def file(self) -> str:
+        """Which file of the Bundle it reads."""
+        return "model.int8.onnx" if self.precision == "int8" else "model.onnx"
+
+
+FP32 = Variant("fp32", "onnxruntime", "fp32")
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        FP32,
+        Variant("int8", "onnxruntime", "int8"),
+        Variant("openvino-fp32", "openvino", "fp32"),
+        Variant("openvino-bf16", "openvino", "bf16"),
+        Variant("openvino-int8", "openvino", "int8"),
+    )
+}
 
 
 class Runtime:
@@ -24,17 +59,21 @@ class Runtime:
     Attributes:
         classes, task, threshold, preprocessing: as in the Bundle.
         engine: what computes, for reports.
+        precision: 'fp32', 'bf16' or 'int8'.
+        variant: its name in cost.json.
+        note: why it is not the variant that was chosen at export, or ''.
     """
 
-    def __init__(self, path: str | Path, threads: int = 1) -> None:
-        """Open model.onnx, as `foveal export` writes it.
+    def __init__(self, path: str | Path, threads: int = 1, variant: Variant = FP32) -> None:
+        """Open a file that `foveal export` wrote.
 
         Raises:
             BundleError: not such a file.
+            MissingExtra: the variant's engine is not installed.
         """
         import onnx
-        import onnxruntime
 
+        start = {"onnxruntime": with_onnxruntime, "openvino": with_openvino}[variant.engine]
         try:
             model = onnx.load(str(path))
             about = {entry.key: entry.value for entry in model.metadata_props}
@@ -42,22 +81,103 @@ class Runtime:
             self.task = cast(Task, about["task"])
             self.threshold = float(about["unknown_threshold"])
             self.preprocessing = Preprocessing.from_dict(json.loads(about["preprocessing"]))
-            inner = without_front(model)
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            options.log_severity_level = 3
-            self._session = onnxruntime.InferenceSession(
-                inner.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnx and ONNX Runtime raise many kinds on a file that is not a model
+            self._run, self.engine = start(without_front(model).SerializeToString(), threads, variant.precision)
+        except MissingExtra:
+            raise
+        except Exception as error:  # the engines raise many kinds on a file that is not a model
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise BundleError(f"{path} is not a model that `foveal export` wrote ({reason}): export it again") from None
-        self.engine, self.threads = f"onnxruntime {onnxruntime.__version__}", threads
+        self.threads, self.precision, self.variant, self.note = threads, variant.precision, variant.name, ""
 
-    def __call__(self, squares: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        channels_first = np.ascontiguousarray(squares.transpose(0, 3, 1, 2))
-        probabilities, score = self._session.run(None, {"squares": channels_first})
-        return cast("NDArray[np.float32]", probabilities), cast("NDArray[np.float32]", score)
+    def __call__(self, squares: NDArray[np.uint8]) -> Answers:
+        return self._run(np.ascontiguousarray(squares.transpose(0, 3, 1, 2)))
+
+
+def open_runtime(bundle: str | Path, threads: int = 1, variant: str | None = None) -> Runtime:
+    """The exported model of a Bundle, as the variant that `foveal export` chose.
+
+    When that one cannot be opened here (OpenVINO is not installed, its file is gone), the fp32 model is, in ONNX
+    Runtime, and `note` says why.
+
+    Args:
+        threads: of one call.
+        variant: a name in VARIANTS to open instead; an error when it cannot be.
+
+    Raises:
+        BundleError: no exported model, or it cannot be read.
+        UsageError: an unknown variant.
+        MissingExtra: the variant asked for needs an engine that is not installed.
+    """
+    folder = Path(bundle)
+    if not (folder / FP32.file).is_file():
+        raise BundleError(f"Bundle {folder} has no {FP32.file}: run `foveal export {folder} --to onnx` first")
+    if variant is not None:
+        return Runtime(folder / named(variant).file, threads, named(variant))
+    try:
+        chosen = read_json(folder / "cost.json").get("onnx", {}).get("chosen", FP32.name)
+    except (OSError, ValueError, AttributeError) as error:
+        raise BundleError(f"cost.json of Bundle {folder} cannot be read ({error}): export it again") from None
+    try:
+        return Runtime(folder / named(chosen).file, threads, named(chosen))
+    except (BundleError, MissingExtra, UsageError) as error:
+        if chosen == FP32.name:
+            raise
+        runtime = Runtime(folder / FP32.file, threads)
+        runtime.note = f"runs fp32 in ONNX Runtime instead of {chosen}: {error}"
+        return runtime
+
+
+def named(variant: str) -> Variant:
+    if variant not in VARIANTS:
+        raise UsageError(f"'{variant}' is not a variant of an exported model: expected one of {', '.join(VARIANTS)}")
+    return VARIANTS[variant]
+
+
+def with_onnxruntime(model: bytes, threads: int, precision: str) -> tuple[Run, str]:
+    """A session that runs a call in the calling thread and `threads` - 1 others."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def run(squares: NDArray[np.uint8]) -> Answers:
+        return cast(Answers, tuple(session.run(["probabilities", "unknown_score"], {"squares": squares})))
+
+    return run, f"onnxruntime {onnxruntime.__version__}"
+
+
+def with_openvino(model: bytes, threads: int, precision: str) -> tuple[Run, str]:
+    """As many calls side by side as processors allow, each with `threads` threads and a request of its own.
+
+    Raises:
+        MissingExtra: OpenVINO is not installed.
+    """
+    try:
+        import openvino
+    except ImportError:
+        raise MissingExtra("openvino", "openvino", "this variant of the model") from None
+    streams = max(1, (os.cpu_count() or 1) // threads)
+    compiled = openvino.Core().compile_model(
+        openvino.Core().read_model(model),
+        "CPU",
+        {
+            "INFERENCE_NUM_THREADS": streams * threads,
+            "NUM_STREAMS": streams,
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        },
+    )
+    places = [compiled.output(name) for name in ("probabilities", "unknown_score")]
+    local = threading.local()
+
+    def run(squares: NDArray[np.uint8]) -> Answers:
+        if not hasattr(local, "request"):
+            local.request = compiled.create_infer_request()
+        found = local.request.infer([squares])
+        return cast(Answers, tuple(np.array(found[place]) for place in places))
+
+    return run, f"openvino {openvino.__version__.partition('-')[0]}"
 
 
 def without_front(model: Any) -> Any:
