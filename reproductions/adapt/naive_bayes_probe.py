@@ -47,7 +47,7 @@ def gaussians(m: int, seed: int, *purpose: object, width: int = 100, classes: in
     means = world.normal(0, 0.25, (classes, width)) * deviation
     y = rng.permutation(np.arange(m) % classes)
     X = (means[y] + rng.normal(size=(m, width)) * deviation).astype(np.float32)
-    return Labelled(torch.from_numpy(X), torch.from_numpy(y))
+    return Labelled(torch.from_numpy(X), torch.from_numpy(y), np.arange(m))
 
 
 def samples_to_plateau(curve: Mapping[int, float], within: float = 0.02) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from foveal.backbones.adapter import DEFAULT, load_backbone
 from foveal.core.method import Adapt
 from foveal.core.seeds import generator
+from foveal.data.checks import near_duplicate_groups
 from foveal.data.dataset import Dataset
 from foveal.data.open import open_dataset
 from foveal.data.samples import folder_of
+from foveal.data.split import make_split
 from foveal.features.extract import extract
 
 TINY = 40
@@ -24,51 +26,48 @@ TINY = 40
 
 @dataclass(frozen=True)
 class Labelled:
-    """Features X [n, D] float32 and labels y [n]."""
+    """Features X [n, D] float32, labels y [n], and numbers of groups of near-duplicates [n]."""
 
     X: Tensor
     y: Tensor
+    groups: np.ndarray
 
     def take(self, rows: np.ndarray) -> Labelled:
         index = torch.from_numpy(rows)
-        return Labelled(self.X[index], self.y[index])
+        return Labelled(self.X[index], self.y[index], self.groups[rows])
 
     def halves(self, seed: int, test: float = 0.25) -> tuple[Labelled, Labelled]:
-        """Rows to learn from and rows to measure on: `test` of every class, drawn by seed."""
-        chosen = [order[: max(1, round(test * len(order)))] for order in self._shuffled(seed, "test")]
-        held = np.zeros(len(self.y), bool)
-        held[np.concatenate(chosen)] = True
+        """Rows to learn from and rows to measure on, drawn by seed; near-duplicates stay on one side."""
+        held = make_split(self.y.numpy(), self.groups, seed, test, val=0.0) == "test"
         return self.take(np.flatnonzero(~held)), self.take(np.flatnonzero(held))
 
     def few(self, shots: int, seed: int) -> Labelled:
         """`shots` rows of every class, drawn by seed."""
-        return self.take(np.sort(np.concatenate([order[:shots] for order in self._shuffled(seed, "shots", shots)])))
-
-    def _shuffled(self, seed: int, *purpose: object) -> list[np.ndarray]:
-        rng = generator(seed, *purpose)
-        return [rng.permutation(np.flatnonzero(self.y.numpy() == c)) for c in range(int(self.y.max()) + 1)]
+        rng, y = generator(seed, "shots", shots), self.y.numpy()
+        drawn = [rng.permutation(np.flatnonzero(y == c))[:shots] for c in range(int(y.max()) + 1)]
+        return self.take(np.sort(np.concatenate(drawn)))
 
 
 def features_of(dataset: Dataset, tiny: bool = False) -> Labelled:
     """Features of the default backbone, from the cache where they are; `tiny`: 16 x 16 grey pixels of a few images."""
     if not tiny:
-        X = np.asarray(extract(dataset, load_backbone(DEFAULT)).X)
+        found = extract(dataset, load_backbone(DEFAULT))
+        X, groups = np.asarray(found.X), near_duplicate_groups(found.scan["phash"], found.X)
     else:
         rows = [np.flatnonzero(dataset.labels == c)[:TINY] for c in range(len(dataset.classes))]
         dataset = dataset.subset(np.sort(np.concatenate(rows)))
         grey = [dataset.image(row).convert("L").resize((16, 16)) for row in range(len(dataset))]
-        X = np.stack([np.asarray(image, np.float32).ravel() / 255 for image in grey])
-    return Labelled(torch.from_numpy(X), torch.from_numpy(dataset.labels))
+        X, groups = np.stack([np.asarray(image, np.float32).ravel() / 255 for image in grey]), np.arange(len(grey))
+    return Labelled(torch.from_numpy(X), torch.from_numpy(dataset.labels), groups)
 
 
 def brightness_of(dataset: Dataset, tiny: bool = False) -> Labelled:
     """Mean and deviation of each image's grey values: what a method must beat to have learnt more than exposure."""
+    found = features_of(dataset, tiny)
     if tiny:
-        pixels = features_of(dataset, tiny)
-        return Labelled(torch.stack([pixels.X.mean(1), pixels.X.std(1)], 1), pixels.y)
+        return replace(found, X=torch.stack([found.X.mean(1), found.X.std(1)], 1))
     scan = extract(dataset, load_backbone(DEFAULT)).scan
-    X = np.stack([scan["mean"], scan["std"]], 1).astype(np.float32)
-    return Labelled(torch.from_numpy(X), torch.from_numpy(dataset.labels))
+    return replace(found, X=torch.from_numpy(np.stack([scan["mean"], scan["std"]], 1).astype(np.float32)))
 
 
 def elpv_extremes(tiny: bool = False) -> Labelled:
@@ -80,7 +79,7 @@ def elpv_extremes(tiny: bool = False) -> Labelled:
     certain = np.flatnonzero((p == 0) | (p == 1))
     chosen = dataset.subset(certain)
     found = features_of(chosen, tiny)
-    return found if tiny else Labelled(found.X, torch.from_numpy((p[certain] == 1).astype(np.int64)))
+    return found if tiny else replace(found, y=torch.from_numpy((p[certain] == 1).astype(np.int64)))
 
 
 def digit_pixels(tiny: bool = False) -> Labelled:
@@ -88,7 +87,7 @@ def digit_pixels(tiny: bool = False) -> Labelled:
     from sklearn.datasets import load_digits
 
     X, y = load_digits(return_X_y=True)
-    found = Labelled(torch.from_numpy(X.astype(np.float32)), torch.from_numpy(y.astype(np.int64)))
+    found = Labelled(torch.from_numpy(X.astype(np.float32)), torch.from_numpy(y.astype(np.int64)), np.arange(len(y)))
     return found.few(TINY, 0) if tiny else found
 
 
