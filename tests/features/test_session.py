@@ -7,8 +7,9 @@ import torch
 
 from foveal.backbones.adapter import Backbone, load_backbone, normalise
 from foveal.core.errors import UsageError
+from foveal.core.threads import cpu_threads
 from foveal.features import session as module
-from foveal.features.session import cpu_threads, feature_session
+from foveal.features.session import feature_session
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from foveal.core.errors import UsageError
 from foveal.core.options import options, options_to_dict
+from foveal.core.task import Task
 
-Task = Literal["single-label", "multi-label"]
-Need = Literal["labels", "tokens", "attention", "gradients", "text", "teacher"]
+Need = Literal["labels", "tokens", "attention", "gradients", "text", "teacher", "feature map"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Spec:
     """What a method is and needs; written once, beside the class.
 
     `needs` lists what the method cannot do without: 'labels', 'tokens' (a transformer's token sequence),
-    'attention' (self-attention blocks), 'gradients' (through the backbone), 'text', 'teacher'.
+    'attention' (self-attention blocks), 'gradients' (through the backbone), 'text', 'teacher', 'feature map' (a layer
+    with a spatial extent). An explanation that needs nothing asks for scores alone, and so works on any model.
     """
 
     family: str
@@ -173,6 +174,49 @@ class Adapt(Method):
     def reads_features(cls) -> bool:
         """Whether this method fits a head on frozen features, rather than training through the backbone."""
         return cls.fit_features is not Adapt.fit_features
+
+
+class Explain(Method):
+    """Model + images + classes -> heat maps.
+
+    `model` is a `foveal.backbones.wrapper.Scorer`, or an `OpenModel` for a method that needs gradients or a feature
+    map. What a method hangs on it, it takes off again; images never change.
+    """
+
+    def explain(self, model: Any, images: Tensor, target: Tensor) -> Tensor:
+        """Heat maps [B, H, W], finite, the higher the more a pixel matters; on the images' device.
+
+        Args:
+            model: images -> scores [B, C], which hands the network at most `model.batch` images at once.
+            images: [B, 3, H, W] in [0, 1], each the square the model sees.
+            target: the class to explain for each image [B], int64.
+        """
+        raise UsageError(f"{self.name} makes no heat maps")
+
+    def on(self, model: Any) -> Attribution:
+        """This method on one model, called as captum's attribution classes are."""
+        return Attribution(self, model)
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """`SobolAttribution().on(model).attribute(inputs, target=281)`."""
+
+    method: Explain
+    model: Any
+
+    def attribute(self, inputs: Tensor, target: int | Tensor | None = None) -> Tensor:
+        """Attributions of the shape of `inputs` [B, 3, H, W] (in [0, 1]); a pixel's channels share its value.
+
+        Args:
+            target: one class, or one for each image [B]; None: the class with the highest score.
+        """
+        if target is None:
+            with torch.no_grad():
+                classes = self.model(inputs).argmax(1)
+        else:
+            classes = torch.as_tensor(target, device=inputs.device).reshape(-1).expand(len(inputs))
+        return self.method.explain(self.model, inputs, classes)[:, None].expand_as(inputs)
 
 
 def classification_loss(logits: Tensor, batch: Mapping[str, Tensor], label_smoothing: float = 0.0) -> Tensor:

@@ -39,23 +39,23 @@ INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampli
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An upright 8-bit RGB picture: the first frame, EXIF orientation applied, transparency over white.
 
     16-bit grey is scaled by its range (65535 -> 255), 32-bit integers and floats by the smallest usual range that
     holds them (0..1, 0..255, 0..65535, and for integers 0..2^31-1).
 
     Raises:
-        DataError: one line with the reason: empty, not an image, truncated or damaged, larger than MAX_PIXELS.
+        DataError: one line with the reason: empty, not an image, truncated or damaged, larger than `max_pixels`.
     """
     if not data:
         raise DataError("the file is empty")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
+            if width * height > max_pixels:
                 raise DataError(
-                    f"{width} x {height} pixels: images of up to {MAX_PIXELS // 10**6} megapixels are read, shrink it"
+                    f"{width} x {height} pixels: images of up to {max_pixels / 1e6:g} megapixels are read, shrink it"
                 )
             image.load()
             return to_rgb(upright(image))
@@ -64,7 +64,7 @@ def decode(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise DataError("not an image of a known format, or its header is damaged") from None
     except Image.DecompressionBombError:
-        raise DataError(f"more than {MAX_PIXELS // 10**6} megapixels: shrink it") from None
+        raise DataError(f"more than {max_pixels / 1e6:g} megapixels: shrink it") from None
     except Exception as error:  # decoders meet damaged bytes with errors of any type
         raise DataError(f"truncated or damaged image ({str(error).strip() or type(error).__name__})") from None
 

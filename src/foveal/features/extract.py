@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 
 from foveal.backbones.adapter import Backbone
 from foveal.core.errors import DataError
+from foveal.core.threads import cpu_threads
 from foveal.data.dataset import Dataset
 from foveal.data.images import decode, to_pixels
 from foveal.data.scan import SCAN, scan
 from foveal.features.cache import KEY, RowStore, cache_root
-from foveal.features.session import Session, cpu_threads, feature_session
+from foveal.features.session import Session, feature_session
 
 T = TypeVar("T")
 

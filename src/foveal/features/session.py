@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from foveal.backbones.adapter import Backbone, normalise
 from foveal.core.errors import FovealError, UsageError
 from foveal.core.folders import atomic_file, cache_root
+from foveal.core.threads import cpu_threads
 from foveal.features.graph import to_onnx
 
 GRAPH = 1
@@ -106,13 +106,6 @@ class Featurizer(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.backbone(normalise(pixels, self.backbone.preprocessing))
-
-
-def cpu_threads() -> int:
-    """Processors this process may use, or `OMP_NUM_THREADS` if that is fewer."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = os.environ.get("OMP_NUM_THREADS", "")
-    return max(1, min(available, int(limit))) if limit.isdigit() else available
 
 
 def feature_session(backbone: Backbone, *, device: str = "auto", threads: int | None = None) -> Session:

@@ -10,12 +10,13 @@ import numpy as np
 from foveal.backbones.adapter import Backbone
 from foveal.core.errors import DataError
 from foveal.core.preprocessing import Preprocessing
+from foveal.core.threads import cpu_threads
 from foveal.data.dataset import Dataset
 from foveal.data.images import to_pixels
 from foveal.data.worlds import garbage
 from foveal.features.cache import KEY, RowStore, cache_root
 from foveal.features.extract import chunks, run_ahead
-from foveal.features.session import cpu_threads, feature_session
+from foveal.features.session import feature_session
 
 GARBAGE = 64
 """Procedural images against which the unknown score is chosen."""

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from foveal.core.bundle import read_json
 from foveal.core.errors import BundleError, MissingExtra, UsageError
-from foveal.core.method import Task
 from foveal.core.preprocessing import Preprocessing
+from foveal.core.task import Task
 
 Answers = tuple[NDArray[np.float32], NDArray[np.float32]]
 Run = Callable[[NDArray[np.uint8]], Answers]
