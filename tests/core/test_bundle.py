@@ -11,20 +11,45 @@ import pytest
 from foveal.core.bundle import FORMAT, atomic_folder, open_bundle, seal, write_json
 from foveal.core.errors import BundleError, FovealError
 
+MANIFEST = {
+    "task": "single-label",
+    "classes": ["a", "b"],
+    "backbone": {
+        "name": "resnet18",
+        "arch": "resnet18",
+        "args": {},
+        "preprocessing": {
+            "size": 8,
+            "mean": [0.0, 0.0, 0.0],
+            "std": [1.0, 1.0, 1.0],
+            "interpolation": "bicubic",
+            "crop": 1.0,
+        },
+        "width": 512,
+        "origin": "random",
+    },
+    "method": {"name": "linear", "options": {}},
+    "data": {"name": "d", "source": "d"},
+    "why": "asked for",
+    "request": {},
+}
+
 
 def make_bundle(folder: Path) -> Path:
     with atomic_folder(folder) as staging:
         (staging / "model.safetensors").write_bytes(b"weights")
-        for name in ("calibration.json", "metrics.json", "cost.json"):
-            write_json(staging / name, {"name": name})
-        seal(staging, {"classes": ["a", "b"]})
+        unknown = {"name": "energy", "threshold": 1.0}
+        write_json(staging / "calibration.json", {"temperature": {"value": 1.0}, "unknown": unknown})
+        write_json(staging / "metrics.json", {"split": "test", "n": 4})
+        write_json(staging / "cost.json", {})
+        seal(staging, MANIFEST)
     return folder
 
 
 def test_what_was_written_is_read(tmp_path: Path):
     files = open_bundle(make_bundle(tmp_path / "b"))
     assert files.manifest["classes"] == ["a", "b"]
-    assert files.metrics == {"name": "metrics.json"}
+    assert files.metrics == {"split": "test", "n": 4}
     assert [entry.name for entry in tmp_path.iterdir()] == ["b"]
 
 
@@ -98,12 +123,32 @@ def test_a_newer_format_asks_for_an_upgrade(tmp_path: Path):
         open_bundle(target)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"format": "new"}'])
-def test_an_unreadable_manifest_is_one_clear_message(tmp_path: Path, content: str):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "unreadable JSON"),
+        ("{", "unreadable JSON"),
+        ("[" * 100_000, "too deep"),
+        ('{"format": NaN}', "NaN is not a finite number"),
+        ('{"format": 1e999}', "1e999 is not a finite number"),
+        ("[]", r"bundle\.json in Bundle .* is not as foveal writes it"),
+        ('{"format": "new"}', "format: Input should be a valid integer"),
+    ],
+)
+def test_an_unreadable_manifest_is_one_clear_message(tmp_path: Path, content: str, said: str):
     target = make_bundle(tmp_path / "b")
     (target / "bundle.json").write_text(content)
-    with pytest.raises(BundleError, match="unreadable JSON"):
+    with pytest.raises(BundleError, match=said):
         open_bundle(target)
+
+
+def test_left_overs_of_others_are_left_alone(tmp_path: Path):
+    others = [tmp_path / name for name in (".b.mine.tmp", ".b.more.1.tmp", ".b.0123abcd.tmp")]
+    for folder in others:
+        folder.mkdir()
+    (tmp_path / f".b.{2**22 + 1}.tmp").mkdir()
+    make_bundle(tmp_path / "b")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([*(each.name for each in others), "b"])
 
 
 def test_a_folder_that_is_no_bundle(tmp_path: Path):

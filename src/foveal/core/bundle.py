@@ -13,17 +13,17 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from foveal.core.errors import BundleError
 from foveal.core.folders import unwritable
+from foveal.core.schema import faults, read_json
+
+__all__ = ["FORMAT", "BundleFiles", "atomic_folder", "open_bundle", "read_json", "seal", "sha256", "write_json"]
 
 FORMAT = 1
 REQUIRED = ("bundle.json", "model.safetensors", "calibration.json", "metrics.json", "cost.json")
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+PROTECTED = ("model.safetensors", "calibration.json", "metrics.json")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -80,7 +80,8 @@ def atomic_folder(target: Path) -> Generator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left_over in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-            if not running(int(left_over.suffixes[-2][1:])):
+            writer = left_over.name.split(".")[-2]
+            if writer.isdecimal() and left_over.name == f".{target.name}.{writer}.tmp" and not running(int(writer)):
                 shutil.rmtree(left_over, ignore_errors=True)
         staging.mkdir()
         yield staging
@@ -111,16 +112,18 @@ class BundleFiles:
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write bundle.json last, with the SHA-256 of the files that must not change."""
-    protected = ("model.safetensors", "calibration.json", "metrics.json")
-    hashes = {name: sha256(folder / name) for name in protected}
+    hashes = {name: sha256(folder / name) for name in PROTECTED}
     write_json(folder / "bundle.json", {"format": FORMAT, **manifest, "sha256": hashes})
 
 
 def open_bundle(path: str | Path) -> BundleFiles:
-    """Read and verify a Bundle folder.
+    """Read and verify a Bundle folder. Only files of the names above are opened, whatever the Bundle says.
+
+    The hashes find damage and edits by hand. They prove nothing about who made the Bundle.
 
     Raises:
-        BundleError: not a Bundle, a file is missing or was edited, or the format is newer than this version.
+        BundleError: not a Bundle, a file is missing, was edited or says something that no Bundle says, or the format
+            is newer than this version.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -132,17 +135,28 @@ def open_bundle(path: str | Path) -> BundleFiles:
         raise BundleError(f"Bundle {folder} lacks {', '.join(missing)}: restore the folder or fit again")
     try:
         parts = {name: read_json(folder / name) for name in REQUIRED if name.endswith(".json")}
-        manifest: dict[str, Any] = parts["bundle.json"]
-        version, hashes = int(manifest["format"]), dict(manifest["sha256"])
-    except (ValueError, KeyError, TypeError) as error:
+        found = {name: sha256(folder / name) for name in PROTECTED}
+    except ValueError as error:
         raise BundleError(
             f"Bundle {folder} has an unreadable JSON file ({error}): restore the folder or fit again"
         ) from None
-    if version > FORMAT:
+    except OSError as error:
+        raise BundleError(f"Bundle {folder} cannot be read ({error.strerror}): check who may read it") from None
+    manifest = cast("dict[str, Any]", parts["bundle.json"] if isinstance(parts["bundle.json"], dict) else {})
+    version = manifest.get("format")
+    if isinstance(version, int) and version > FORMAT:
         raise BundleError(
             f"Bundle {folder} has format {version}, this foveal reads up to {FORMAT}: pip install --upgrade foveal"
         )
-    for name, expected in hashes.items():
-        if sha256(folder / name) != expected:
+    must_fit("bundle.json", manifest, folder)
+    for name in PROTECTED:
+        if found[name] != manifest["sha256"].get(name):
             raise BundleError(f"{name} in Bundle {folder} was edited or is damaged: restore the folder or fit again")
+    for name, content in parts.items():
+        must_fit(name, content, folder)
     return BundleFiles(folder, manifest, parts["calibration.json"], parts["metrics.json"], parts["cost.json"])
+
+
+def must_fit(name: str, content: Any, folder: Path) -> None:
+    if fault := faults(name, content):
+        raise BundleError(f"{name} in Bundle {folder} is not as foveal writes it ({fault}): restore it or fit again")
