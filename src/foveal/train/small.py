@@ -8,9 +8,10 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,58 @@ def small_vit(seed: int, *, size: int = 32, patch: int = 4, width: int = 96, dep
     plan = Plan("small-vit", "vit_tiny_patch16_224", args, preprocessing, width, "random")
     seed_everything(derive(seed, "small-vit"))
     return Backbone(plan, build(plan))
+
+
+def small_net(arch: str, seed: int, *, size: int, **args: Any) -> Backbone:
+    """A timm architecture with random weights, made small by its own arguments, for images of `size` pixels."""
+    preprocessing = Preprocessing(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 1.0)
+    plan = Plan(arch, arch, args, preprocessing, 0, "random")
+    with torch.device("meta"):
+        described: Any = build(plan)
+    seed_everything(derive(seed, "small-net"))
+    return Backbone(replace(plan, width=int(described.head_hidden_size)), build(plan))
+
+
+def race(
+    nets: Mapping[str, Backbone], method: Adapt, dataset: Dataset, seed: int, *, train: int, test: int
+) -> dict[str, float]:
+    """Train each net on the same images for the same epochs and test it on the same others.
+
+    Args:
+        train: images of each class to learn from.
+        test: how many of the rest to test on, at most; drawn once per seed.
+
+    Returns:
+        `NAME.balanced_accuracy`, `NAME.params` (of the net and its classifier) and `NAME.seconds_per_step` of each.
+    """
+    size = next(iter(nets.values())).preprocessing.size
+    rows, rest = few_and_rest(dataset.labels, train, seed)
+    rest = np.sort(generator(seed, "race").permutation(rest)[:test])
+    chosen = shrunk(dataset, np.concatenate([rows, rest]), size)
+    values: dict[str, float] = {}
+    for name, net in nets.items():
+        outcome = measure(method, net, chosen, np.arange(len(rows)), np.arange(len(rows), len(chosen)), seed)
+        values[f"{name}.balanced_accuracy"] = outcome.balanced_accuracy
+        values[f"{name}.params"] = outcome.trained_params
+        values[f"{name}.seconds_per_step"] = outcome.seconds_per_step
+    return values
+
+
+def receptive_field(net: Backbone, images: torch.Tensor, stage: int) -> float:
+    """How far a place of a stage's map sees: root mean square distance, in pixels, of input-gradient energy from it.
+
+    Args:
+        images: normalised [B, 3, H, W]; energy is summed over them.
+    """
+    images = images.clone().requires_grad_()
+    (features,) = net.model.forward_intermediates(images, indices=[stage], intermediates_only=True)
+    height, width = features.shape[-2:]
+    (gradient,) = torch.autograd.grad(features[:, :, height // 2, width // 2].sum(), images)
+    energy = gradient.square().sum((0, 1)).double()
+    down = torch.arange(images.shape[-2]) + 0.5 - (height // 2 + 0.5) * images.shape[-2] / height
+    right = torch.arange(images.shape[-1]) + 0.5 - (width // 2 + 0.5) * images.shape[-1] / width
+    squared = down[:, None].square() + right[None, :].square()
+    return float(((energy * squared).sum() / energy.sum()).sqrt())
 
 
 def only(dataset: Dataset, classes: Sequence[str]) -> Dataset:
