@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from foveal.verbs.check import check
     from foveal.verbs.compare import compare
     from foveal.verbs.evaluate import evaluate
+    from foveal.verbs.explain import explain
     from foveal.verbs.export import export
     from foveal.verbs.fit import fit
     from foveal.verbs.methods import methods
@@ -30,6 +31,7 @@ VERBS = (
     "evaluate",
     "check",
     "export",
+    "explain",
     "methods",
     "backbones",
     "samples",
@@ -45,6 +47,7 @@ __all__ = [
     "fit",
     "load",
     "methods",
+    "explain",
     "predict",
     "reproduce",
     "samples",

@@ -10,7 +10,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from foveal.backbones import weights
 from foveal.backbones.quirks import Family, Quirk, is_self_attention, quirk_of
+from foveal.backbones.recorder import recording
 from foveal.core.errors import BackboneError, FovealError
 from foveal.core.folders import atomic_file, cache_root
 from foveal.core.method import Classifier
@@ -188,6 +189,34 @@ class Backbone(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Plain data from which `rebuild_backbone` makes the same architecture."""
         return self.plan.to_dict()
+    def map_layer(self) -> str:
+        """timm's name of the module whose answer the network pools into features, found by running it once.
+
+        Raises:
+            BackboneError: the last map is computed outside of any module.
+        """
+        names = [name for name, _ in self.model.named_modules() if name]
+        blank = next(self.model.parameters()).new_zeros(1, 3, self.preprocessing.size, self.preprocessing.size)
+        with recording(self.model, names) as seen:
+            pooled = self.model.forward_features(blank)
+        found = [name for name in names if seen.get(name) is pooled]
+        if not found:
+            raise BackboneError(f"{self.arch} computes its last map outside of any layer: give layer=NAME")
+        return found[0]
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether maps inside the network are [B, h, w, C]."""
+        return getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+
+    def grid(self, size: Sequence[int]) -> tuple[int, int] | None:
+        """Rows and columns of patch tokens of an image of `size` (height, width), if it has patch tokens."""
+        count = getattr(getattr(self.model, "patch_embed", None), "dynamic_feat_size", None)
+        if count is None:
+            return None
+        rows, columns = count((int(size[0]), int(size[1])))
+        return int(rows), int(columns)
+
 
     def fingerprint(self) -> str:
         """32 hex digits that change with any weight, the architecture, or the preprocessing."""
@@ -211,6 +240,7 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
 def build(plan: Plan, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The timm module of a plan; with `tensors` (exactly its state dict), they become its parameters."""
     import timm
+@torch.inference_mode(False)  # tensors made within inference mode could never take part in a gradient
 
     import foveal.architectures  # noqa: F401
 

@@ -13,11 +13,13 @@ Family = Literal["cnn", "vit", "windowed", "hybrid"]
 
 @dataclass(frozen=True)
 class Quirk:
-    """`embed` and `finish` are given when tokens may be added, dropped or merged between the blocks."""
+    """`embed` and `finish` are given when tokens may be added, dropped or merged between the blocks; `raster` says
+    whether patch tokens are in reading order."""
 
     family: Family
     embed: Callable[[Any, Tensor], Tensor] | None = None
     finish: Callable[[Any, Tensor], Tensor] | None = None
+    raster: bool = True
 
 
 def embed_plain(model: Any, images: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ QUIRKS: dict[str, Quirk] = {
     "SwinTransformerV2": WINDOWED,
     "SwinTransformerV2Cr": WINDOWED,
     "VisionTransformerSAM": WINDOWED,
-    "Hiera": WINDOWED,
+    "Hiera": Quirk("windowed", raster=False),
     "MultiScaleVit": WINDOWED,
     "Nest": WINDOWED,
     "Twins": WINDOWED,

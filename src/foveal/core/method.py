@@ -193,6 +193,10 @@ class Explain(Method):
         """
         raise UsageError(f"{self.name} makes no heat maps")
 
+    def passes(self) -> int:
+        """How many images the network sees for each one explained."""
+        return 1
+
     def on(self, model: Any) -> Attribution:
         """This method on one model, called as captum's attribution classes are."""
         return Attribution(self, model)

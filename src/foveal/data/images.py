@@ -128,6 +128,17 @@ def to_pixels(image: Image.Image, p: Preprocessing) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + p.size, top + p.size)))
 
 
+def seen_box(size: tuple[int, int], p: Preprocessing) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom, in pixels of a photo of `size` (width, height), of what `to_pixels` keeps of it."""
+    width, height = size
+    short, long = sorted(size)
+    scaled = int(p.resized * long / short)
+    across, down = (p.resized, scaled) if width <= height else (scaled, p.resized)
+    left, top = round((across - p.size) / 2), round((down - p.size) / 2)
+    x, y = width / across, height / down
+    return left * x, top * y, (left + p.size) * x, (top + p.size) * y
+
+
 def central(length: int, resized: int, start: int, size: int) -> tuple[range, float, float]:
     """Pixels of one axis that `size` resized ones from `start` on are made of, and where those begin and end in it."""
     scale = length / resized

@@ -33,6 +33,8 @@ TOLERANCE = 1e-3
 class Session(ABC):
     """Pixels uint8 [B, S, S, 3] -> features float32 [B, D]. May be called from several threads at once.
 
+    A session of `fractions` takes float32 pixels of 0 to 255 instead, for images that are made rather than decoded.
+
     Attributes:
         engine: what computes, for reports: 'onnxruntime cpu', 'torch cpu', 'torch cuda'.
         threads: how many threads it computes with.
@@ -46,7 +48,7 @@ class Session(ABC):
     note: str = ""
 
     @abstractmethod
-    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]: ...
+    def __call__(self, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]: ...
 
 
 class OnnxSession(Session):
@@ -57,23 +59,30 @@ class OnnxSession(Session):
 
     MICRO = 4
 
-    def __init__(self, graph: Path, threads: int) -> None:
+    def __init__(self, graph: Path, threads: int, fractions: bool = False) -> None:
         import onnxruntime
 
         self.engine, self.threads, self.batch = "onnxruntime cpu", threads, self.MICRO
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+        model: str | bytes = str(graph)
+        if fractions:  # the graph begins with a cast to float, which then does nothing
+            import onnx
+
+            loaded = onnx.load(model)
+            loaded.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+            model = loaded.SerializeToString()
+        self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="foveal-session")
 
-    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def __call__(self, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
         if len(pixels) <= self.MICRO:
             return self._run(pixels)
         parts = [pixels[at : at + self.MICRO] for at in range(0, len(pixels), self.MICRO)]
         return np.concatenate(list(self._pool.map(self._run, parts)))
 
-    def _run(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _run(self, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
         return cast("NDArray[np.float32]", self._session.run(None, {"pixels": pixels})[0])
 
 
@@ -87,7 +96,7 @@ class TorchSession(Session):
         self._featurizer = Featurizer(copy.deepcopy(backbone)).eval().requires_grad_(False).to(device)
         self._lock = Lock()
 
-    def __call__(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def __call__(self, pixels: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
         with self._lock, torch.inference_mode():
             before = torch.get_num_threads()
             torch.set_num_threads(self.threads)
@@ -108,12 +117,15 @@ class Featurizer(nn.Module):
         return self.backbone(normalise(pixels, self.backbone.preprocessing))
 
 
-def feature_session(backbone: Backbone, *, device: str = "auto", threads: int | None = None) -> Session:
+def feature_session(
+    backbone: Backbone, *, device: str = "auto", threads: int | None = None, fractions: bool = False
+) -> Session:
     """The fastest exact session for a backbone on this machine.
 
     Args:
         device: 'auto' (a GPU if there is one), 'cpu' or 'cuda'.
         threads: for one call on a CPU; all processors by default.
+        fractions: take float32 pixels of 0 to 255, rather than uint8.
 
     Raises:
         UsageError: 'cuda' without a GPU that torch can use, or an unknown device.
@@ -134,12 +146,12 @@ def feature_session(backbone: Backbone, *, device: str = "auto", threads: int | 
             pass
     if graph.is_file():
         try:
-            return OnnxSession(graph, threads)
+            return OnnxSession(graph, threads, fractions)
         except Exception:  # a damaged graph, of which ONNX Runtime raises many kinds: export it again
             graph.unlink(missing_ok=True)
     reason = export_features(backbone, graph)
     if not reason:
-        return OnnxSession(graph, threads)
+        return OnnxSession(graph, threads, fractions)
     try:
         with atomic_file(refusal) as staging:
             staging.write_text(json.dumps({"reason": reason, "versions": versions()}), encoding="utf-8")

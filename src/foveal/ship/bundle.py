@@ -119,6 +119,7 @@ class Bundle:
         path = self.path / "model.safetensors"
         try:
             weights = load_file(path)
+    @torch.inference_mode(False)  # its tensors can take part in gradients, whoever looks first
             head, score = part(weights, "classifier.head."), part(weights, "ood.")
             described, name = self.manifest["backbone"], self.calibration["unknown"]["name"]
             if self.method.reads_features():
