@@ -114,6 +114,7 @@ class Bundle:
         return method
 
     @cached_property
+    @torch.inference_mode(False)  # its tensors can take part in gradients, whoever looks first
     def model(self) -> Calibrated:
         """The torch model: normalised images [B, 3, H, W] -> (probabilities [B, C], unknown score [B])."""
         path = self.path / "model.safetensors"
@@ -126,15 +127,19 @@ class Bundle:
                 backbone = rebuild_backbone(described, part(weights, "classifier.backbone.model."))
                 classifier = Classifier(backbone, filled(self.method.head(shapes(head)), head))
             else:
-                attached = self.method.attach(rebuild_backbone(described), len(self.classes))
+                held = sum(tensor.numel() for tensor in weights.values())
+                attached = self.method.attach(rebuild_backbone(described, most=held), len(self.classes))
                 classifier = filled(self.method.finish(attached), part(weights, "classifier."))
             unknown = filled(empty_score(name, shapes(score)), score)
             fits = classifier.head(torch.zeros(1, described["width"])).shape
             if fits != (1, len(self.classes)):
                 raise RuntimeError(f"the head answers {fits[1]} classes, expected {len(self.classes)}")
-            return Calibrated(classifier, float(weights["temperature"]), unknown, self.task).eval()
-        except (SafetensorError, RuntimeError, KeyError) as error:
-            reason = str(error).replace("\n", " ")
+            temperature = float(weights["temperature"])
+            if not 0 < temperature < float("inf"):
+                raise ValueError(f"the temperature is {temperature}, expected a positive number")
+            return Calibrated(classifier, temperature, unknown, self.task).eval()
+        except Exception as error:  # modules meet tensors of other shapes, types and numbers with errors of any type
+            reason = str(error).replace("\n", " ") or type(error).__name__
             raise BundleError(
                 f"the weights of Bundle {self.path} do not fit its bundle.json ({reason}): "
                 "restore the folder or fit again"
@@ -196,7 +201,11 @@ class Bundle:
     def infer(
         self, dataset: Dataset, *, device: str = "auto", progress: Callable[[int, int], None] | None = None
     ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        """Probabilities [n, C], unknown scores [n], and the reason for each row that could not be decoded."""
+        """Probabilities [n, C], unknown scores [n], and the reason for each row that could not be decoded.
+
+        Raises:
+            BundleError: the model answers with something that is no number.
+        """
         errors: dict[int, str] = {}
         n = len(dataset)
         probabilities = np.full((n, len(self.classes)), np.nan, np.float32)
@@ -209,14 +218,20 @@ class Bundle:
                 features = torch.from_numpy(found.X[rows])
                 answers = self.model.judge(features, self.model.classifier.head(features))
                 probabilities[rows], scores[rows] = (answer.numpy() for answer in answers)
-            return probabilities, scores, errors
-        target = pick_device(device)
-        model = self.model.to(target)
-        for rows, pixels in stream_pixels(dataset, self.preprocessing, errors):
-            images = normalise(torch.from_numpy(pixels).to(target), self.preprocessing)
-            probabilities[rows], scores[rows] = (answer.cpu().numpy() for answer in model(images))
-            if progress:
-                progress(rows[-1] + 1, n)
+        else:
+            target = pick_device(device)
+            model = self.model.to(target)
+            for rows, pixels in stream_pixels(dataset, self.preprocessing, errors):
+                images = normalise(torch.from_numpy(pixels).to(target), self.preprocessing)
+                probabilities[rows], scores[rows] = (answer.cpu().numpy() for answer in model(images))
+                if progress:
+                    progress(rows[-1] + 1, n)
+        for row in np.flatnonzero(np.isnan(probabilities).any(1) | np.isnan(scores)).tolist():
+            if row not in errors:
+                raise BundleError(
+                    f"the model of Bundle {self.path} answers {dataset.ids[row]} with NaN: its weights are damaged, "
+                    "fit again"
+                )
         return probabilities, scores, errors
 
 
