@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -30,6 +31,9 @@ from foveal.core.preprocessing import Preprocessing
 DEFAULT = "tf_efficientnet_lite0"
 STORE = 1
 """Version of the files in the cache's `backbones` folder."""
+ARGS = ("img_size",)
+"""What a stored plan may pass to timm. Other arguments reach files and the network (`checkpoint_path`, `cache_dir`,
+`pretrained_cfg_overlay`), and a stored plan may come from a stranger."""
 
 
 @dataclass(frozen=True)
@@ -186,9 +190,6 @@ class Backbone(nn.Module):
         maps: list[Tensor] = self.model.forward_intermediates(images, intermediates_only=True, output_fmt="NCHW")
         return [(each, round(images.shape[-1] / each.shape[-1])) for each in maps]
 
-    def describe(self) -> dict[str, Any]:
-        """Plain data from which `rebuild_backbone` makes the same architecture."""
-        return self.plan.to_dict()
     def map_layer(self) -> str:
         """timm's name of the module whose answer the network pools into features, found by running it once.
 
@@ -217,6 +218,9 @@ class Backbone(nn.Module):
         rows, columns = count((int(size[0]), int(size[1])))
         return int(rows), int(columns)
 
+    def describe(self) -> dict[str, Any]:
+        """Plain data from which `rebuild_backbone` makes the same architecture."""
+        return self.plan.to_dict()
 
     def fingerprint(self) -> str:
         """32 hex digits that change with any weight, the architecture, or the preprocessing."""
@@ -237,21 +241,30 @@ def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
     return ((pixels.float() - mean) * scale).permute(0, 3, 1, 2)
 
 
+@torch.inference_mode(False)  # tensors made within inference mode could never take part in a gradient
 def build(plan: Plan, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
     """The timm module of a plan; with `tensors` (exactly its state dict), they become its parameters."""
     import timm
-@torch.inference_mode(False)  # tensors made within inference mode could never take part in a gradient
 
     import foveal.architectures  # noqa: F401
 
+    if not timm.is_model(plan.arch):  # timm would look for hf-hub:owner/name on the network, for local-dir:/x on disk
+        raise BackboneError(f"no backbone '{plan.arch}': `foveal backbones` lists them")
+
     def create() -> nn.Module:
-        return timm.create_model(plan.arch, pretrained=False, num_classes=0, **plan.args)
+        try:
+            return timm.create_model(plan.arch, pretrained=False, num_classes=0, **plan.args)
+        except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+            raise BackboneError(
+                f"timm cannot build {plan.arch} at {plan.preprocessing.size} pixels ({error})"
+            ) from None
 
     if tensors is None:
         return create()
     with torch.device("meta"):
         model = create()
     check_names(tensors, model, plan)
+    tensors = {name: tensors[name].to(like.dtype) for name, like in model.state_dict().items()}
     if not has_hidden_buffers(model):
         model.load_state_dict(tensors, assign=True)
         return model
@@ -305,14 +318,30 @@ def load_backbone(name: str, *, pretrained: bool = True, offline: bool = False, 
     return remember(stored, Backbone(plan, model), source)
 
 
-def rebuild_backbone(described: Mapping[str, Any], tensors: dict[str, Tensor] | None = None) -> Backbone:
+def rebuild_backbone(
+    described: Mapping[str, Any], tensors: dict[str, Tensor] | None = None, *, most: int | None = None
+) -> Backbone:
     """The backbone that `Backbone.describe` told of: with random weights to load into, or with `tensors`.
 
     Args:
         tensors: the timm model's whole state dict; the model is then built only when something looks inside it.
+        most: how many numbers its weights may hold; an architecture with more is refused before memory is taken.
+
+    Raises:
+        BackboneError: not a plan that `describe` makes, or an architecture with too many weights.
     """
     plan = Plan.from_dict(described)
-    return Backbone(plan, tensors=tensors) if tensors is not None else Backbone(plan, build(plan))
+    size = plan.args.get("img_size", plan.preprocessing.size)
+    if not plan.args.keys() <= set(ARGS) or size != plan.preprocessing.size:
+        raise BackboneError(f"backbone arguments {plan.args}: expected none, or the image size as {ARGS[0]}")
+    if tensors is not None:
+        return Backbone(plan, tensors=tensors)
+    if most is not None:
+        with torch.device("meta"):
+            numbers = sum(tensor.numel() for tensor in build(plan).state_dict().values())
+        if numbers > most:
+            raise BackboneError(f"{plan.arch} holds {numbers:,} numbers, its weights only {most:,}")
+    return Backbone(plan, build(plan))
 
 
 def imagenet_classifier(name: str = DEFAULT, *, offline: bool = False) -> Classifier:
@@ -363,10 +392,10 @@ def locate(name: str) -> tuple[str, Path | None]:
     """Split what the user gave into an architecture and a local weights file."""
     arch, at, path = name.partition("@")
     if at and (path.endswith((".safetensors", ".pth", ".pt", ".bin")) or Path(path).exists()):
-        return arch, Path(path).expanduser()
+        return arch, Path(os.path.expanduser(path))
     if not name.endswith((".safetensors", ".pth", ".pt", ".bin")):
         return name, None
-    file = Path(name).expanduser()
+    file = Path(os.path.expanduser(name))
     if file.suffix == ".safetensors" and file.is_file():
         from safetensors import SafetensorError, safe_open
 
@@ -410,11 +439,8 @@ def make_plan(name: str, arch: str, size: int | None, origin: str) -> Plan:
         crop=float(config.crop_pct or 1.0),
     )
     plan = Plan(name, arch, args, preprocessing, 0, origin)
-    try:
-        with torch.device("meta"):
-            model: Any = build(plan)
-    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-        raise BackboneError(f"timm cannot build {arch} at {preprocessing.size} pixels ({error})") from None
+    with torch.device("meta"):
+        model: Any = build(plan)
     return replace(plan, width=int(getattr(model, "head_hidden_size", None) or model.num_features))
 
 
@@ -465,8 +491,9 @@ def from_name(
     try:
         options = {} if classifier else {"num_classes": 0}
         model = timm.create_model(arch, pretrained=True, pretrained_cfg_overlay=overlay, **options, **plan.args)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise BackboneError(f"cannot load the weights of {arch} from {file} ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # timm's readers meet damaged and malicious files with errors of any type
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BackboneError(f"cannot load the weights of {arch} from {file} ({reason})") from None
     return model, file, plan
 
 
