@@ -21,17 +21,21 @@ if TYPE_CHECKING:
     from foveal.verbs.fit import fit
     from foveal.verbs.methods import methods
     from foveal.verbs.predict import predict
+    from foveal.verbs.push import push
     from foveal.verbs.reproduce import reproduce
     from foveal.verbs.samples import samples
+    from foveal.verbs.serve import serve
 
 VERBS = (
     "fit",
     "compare",
     "predict",
     "evaluate",
+    "explain",
     "check",
     "export",
-    "explain",
+    "serve",
+    "push",
     "methods",
     "backbones",
     "samples",
@@ -43,14 +47,16 @@ __all__ = [
     "check",
     "compare",
     "evaluate",
+    "explain",
     "export",
     "fit",
     "load",
     "methods",
-    "explain",
     "predict",
+    "push",
     "reproduce",
     "samples",
+    "serve",
 ]
 
 

@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from foveal.core.task import Task
-
 TOP = 5
 
 
 def answer(
-    image: str, probabilities: np.ndarray, score: float, *, classes: Sequence[str], task: Task, threshold: float
+    image: str, probabilities: np.ndarray, score: float, *, classes: Sequence[str], task: str, threshold: float
 ) -> dict[str, Any]:
     """One row: image, label, probability, unknown, top (up to five [label, probability]).
 

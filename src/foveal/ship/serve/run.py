@@ -1,0 +1,95 @@
+"""Bind, start one process or several, and stop when told to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+
+from foveal.core.errors import MissingExtra, UsageError
+from foveal.ship.serve.limits import CONNECTIONS, Settings
+
+IDLE_SECONDS = 30
+"""For which a connection is kept open between two requests."""
+
+
+def require(page: bool) -> None:
+    """
+    Raises:
+        MissingExtra: a library of the extra is not installed.
+    """
+    for library in ("fastapi", "uvicorn", "python_multipart", "prometheus_client", *(["gradio"] if page else [])):
+        if find_spec(library) is None:
+            raise MissingExtra(library, "serve", "foveal serve")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        UsageError: the port is in use or not allowed, or the host is not one of this machine.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise UsageError(
+            f"cannot listen on {host} port {port} ({getattr(error, 'strerror', None) or error}): choose another "
+            "--port (0 for any that is free) or --host"
+        ) from None
+
+
+def run(settings: Settings, listener: socket.socket, workers: int) -> None:
+    """Serve until SIGINT or SIGTERM; what was asked before is answered before this returns."""
+    import uvicorn
+    from uvicorn.supervisors import Multiprocess
+
+    from foveal.ship.serve.app import build
+    from foveal.ship.serve.protocol import Protocol
+
+    limits = settings.limits
+    config = uvicorn.Config(
+        partial(build, settings),
+        factory=True,
+        http=Protocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        workers=workers,
+        limit_concurrency=CONNECTIONS,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=int(limits.body_seconds + limits.request_seconds) + 1,
+    )
+    with quiet_signals():
+        if workers == 1:
+            uvicorn.Server(config).run([listener])
+            return
+        with tempfile.TemporaryDirectory(prefix="foveal-metrics-") as folder:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+            try:
+                Multiprocess(config, [listener]).run()
+            finally:
+                del os.environ["PROMETHEUS_MULTIPROC_DIR"]
+
+
+@contextmanager
+def quiet_signals() -> Generator[None]:
+    """uvicorn raises what stopped it once more when it is done; being stopped is how a server ends well."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
