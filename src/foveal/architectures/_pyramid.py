@@ -1,12 +1,12 @@
 """The frame that the hierarchies of this room share: stem, stages, norm, head, and timm's manners around them."""
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, LayerNorm2d, NormMlpClassifierHead
 from timm.models import build_model_with_cfg, checkpoint_seq
@@ -28,7 +28,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
+        if self.grad_checkpointing:
             x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)
@@ -134,7 +134,6 @@ class Pyramid(nn.Module):
             self.num_classes, self.head_hidden_size = 0, self.num_features
         return taken
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 
@@ -144,13 +143,11 @@ class Pyramid(nn.Module):
         self.head.reset(num_classes, global_pool)
         self.head_hidden_size = self.head.num_features
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for module in self.modules():
-            if hasattr(module, "grad_checkpointing"):
+            if isinstance(module, Stage):
                 module.grad_checkpointing = enable
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         by_block = [
             (r"^stages\.(\d+)\.downsample", (0,)),
@@ -160,7 +157,6 @@ class Pyramid(nn.Module):
         ]
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else by_block}
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return set()
 

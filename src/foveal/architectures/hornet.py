@@ -19,6 +19,7 @@ speed that the MACs promise; ConvNeXt is faster at equal accuracy per second); i
 gradient clipping, since products of n + 1 activations overflow. No pretrained weights come with foveal.
 """
 
+# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import re
