@@ -60,7 +60,8 @@ def test_several_labels(monkeypatch, picture):
     assert dataset.labels.tolist() == [[1, 1], [0, 0]]
 
 
-def test_images_named_by_path(tmp_path, picture):
+def test_images_named_by_path(monkeypatch, tmp_path, picture):
+    monkeypatch.setattr(hub, "cache_folders", lambda: [str(tmp_path)])
     for kind in ("ant", "bee"):
         (tmp_path / "train" / kind).mkdir(parents=True)
         picture(len(kind)).save(tmp_path / "train" / kind / "1.png")
@@ -94,6 +95,7 @@ def test_offline_from_the_cache(monkeypatch, tmp_path, picture):
     info = json.loads(made.read_text()) | {"dataset_name": "name", "config_name": "default"}
     (kept / "dataset_info.json").write_text(json.dumps(info))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(hub, "cache_folders", lambda: [str(tmp_path)])
     before = datasets.config.HF_HUB_OFFLINE
     dataset = open_dataset("hub:owner/name", offline=True)
     assert dataset.classes == ("ant", "bee")

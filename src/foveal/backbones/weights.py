@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import pickle
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         BackboneError: no such file, damaged, or a pickle that `weights_only=True` refuses.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
@@ -35,13 +35,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("its parts are compressed, which torch never does")
         stored: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise BackboneError(
             f"{path} is a pickle with more than tensors in it, which could run any code: convert it to .safetensors "
             "where you trust it (safetensors.torch.save_file(model.state_dict(), ...))"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # readers meet damaged and malicious files with errors of any type
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BackboneError(f"cannot read weights from {path} ({reason}): the file is damaged, get it again") from None
     if isinstance(stored, Mapping):

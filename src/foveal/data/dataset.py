@@ -183,6 +183,17 @@ def read_file(path: str) -> bytes:
         raise DataError(f"cannot be read ({error.strerror})") from None
 
 
+def inside(path: str, folders: Sequence[str | os.PathLike[str]]) -> bool:
+    """Whether a path, links followed, lies in one of these folders."""
+    try:
+        real = os.path.realpath(path)
+        return any(
+            os.path.commonpath([real, root]) == root for root in (os.path.realpath(os.fspath(each)) for each in folders)
+        )
+    except ValueError:  # a path with a zero byte, or on another drive
+        return False
+
+
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from foveal.core.errors import DataError, MissingExtra
-from foveal.data.dataset import Dataset, read_file
+from foveal.data.dataset import Dataset, inside, read_file
 from foveal.data.folder import SPLIT_NAMES
 from foveal.data.table import Table, assemble
 
@@ -71,8 +71,19 @@ class Columns:
         if image and image.get("bytes") is not None:
             return image["bytes"]
         if image and image.get("path"):
+            if not inside(image["path"], cache_folders()):
+                raise DataError("its path leads out of the Hugging Face cache")
             return read_file(image["path"])
         raise DataError("no image in this row")
+
+
+def cache_folders() -> list[str]:
+    """Where `datasets` and the Hub's client put what they download: all that a data set of the Hub may point to."""
+    import datasets
+    import huggingface_hub.constants as hub
+
+    config: Any = datasets.config  # pyright: ignore[reportAttributeAccessIssue]
+    return [str(config.HF_DATASETS_CACHE), str(config.DOWNLOADED_DATASETS_PATH), hub.HF_HUB_CACHE]
 
 
 def from_datasets(name: str, loaded: Mapping[str, Any]) -> Dataset:

@@ -45,10 +45,10 @@ def open_dataset(data: str | Path | Dataset, *, offline: bool = False) -> Datase
         from foveal.data.shards import open_shards
 
         return open_shards(text)
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):
         return open_folder(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{printable(text)} does not exist: expected {FORMS}")
     from foveal.data.table import open_csv, open_parquet
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import tarfile
@@ -19,8 +20,25 @@ from foveal.data.folder import is_image
 from foveal.data.table import Table, assemble
 
 LABELS = (".cls", ".json", ".txt")
-MAX_LABEL_BYTES = 2**20
+MAX_LABEL_BYTES = 2**16
+MAX_HEADER_BYTES = 2**20
 MAX_SHARDS = 100_000
+EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class Header(tarfile.TarInfo):
+    """A tar header whose names and extensions are bounded, and whose sizes do not lead backwards."""
+
+    def _proc_member(self, archive: Any) -> Any:
+        if self.size < 0 or (self.type in EXTENDED and self.size > MAX_HEADER_BYTES):
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
 
 
 @dataclass
@@ -89,7 +107,7 @@ def expand(pattern: str) -> list[str]:
         if not braces:
             continue
         inner = braces[1:-1]
-        counted = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
+        counted = re.fullmatch(r"([0-9]{1,9})\.\.([0-9]{1,9})", inner)
         if counted:
             first, last = int(counted[1]), int(counted[2])
             if not first <= last < first + MAX_SHARDS:
@@ -99,6 +117,8 @@ def expand(pattern: str) -> list[str]:
             pieces.append(inner.split(","))
         else:
             raise DataError(f"pattern {braces}: expected {{000..003}} or {{a,b}}")
+    if math.prod(map(len, pieces)) > MAX_SHARDS:
+        raise DataError(f"pattern {printable(pattern)}: expected at most {MAX_SHARDS} shards")
     return ["".join(parts) for parts in itertools.product(*pieces)]
 
 
@@ -106,7 +126,7 @@ def index(path: str) -> dict[str, Member]:
     """Members of one tar file by key: the path up to the first dot of its last part."""
     found: dict[str, Member] = {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=Header) as tar:
             for name, offset, size in files_of(tar):
                 folder, base = os.path.split(name)
                 stem, dot, ending = base.partition(".")
@@ -119,12 +139,13 @@ def index(path: str) -> dict[str, Member]:
                         member.labels[suffix] = os.pread(file.fileno(), size, offset)
                 elif is_image(base) and member.image is None:
                     member.image = (name, offset, size)
-    except tarfile.TarError as error:
-        raise DataError(
-            f"{printable(path)} is not a whole, uncompressed tar file ({error}): get it again, or gunzip it"
-        ) from None
     except OSError as error:
         raise DataError(f"{printable(path)} cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # tarfile meets damaged headers with errors of any type
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{printable(path)} is not a whole, uncompressed tar file ({reason}): get it again, or gunzip it"
+        ) from None
     return found
 
 
@@ -134,6 +155,10 @@ def files_of(tar: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
         tar.members = []  # pyright: ignore[reportAttributeAccessIssue]
         if member.isreg() and not member.issparse():
             yield member.name, member.offset_data, member.size
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        raise tarfile.ReadError(f"damaged at byte {tar.offset}")
 
 
 def label_of(labels: dict[str, bytes]) -> Sequence[str] | str | None:
@@ -146,7 +171,7 @@ def label_of(labels: dict[str, bytes]) -> Sequence[str] | str | None:
         if suffix == ".json":
             try:
                 stored = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             value = stored.get("label", stored.get("labels")) if isinstance(stored, dict) else None
         if isinstance(value, list):

@@ -9,17 +9,18 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from foveal.core.errors import DataError
-from foveal.data.dataset import MAX_BYTES, Dataset, Files, Source, encode_labels, printable, unique
+from foveal.data.dataset import MAX_BYTES, Dataset, Files, Source, encode_labels, inside, printable, unique
 from foveal.data.folder import SPLIT_NAMES
 
 if TYPE_CHECKING:
     from foveal.core.method import Task
 
+MAX_LINE = 2**20
 EXPECTED = "expected columns image,label and, if you like, split"
 
 
@@ -43,12 +44,13 @@ def open_csv(path: Path) -> Dataset:
     table = Table(printable(path.name), [], [], [], [])
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            header = file.readline()
+            lines = bounded(file, table.name)
+            header = next(lines, "")
             delimiter = max(",;\t", key=header.count)
             columns = {name.strip().strip('"').lower(): at for at, name in enumerate(header.split(delimiter))}
             check_columns(columns, table.name)
             image, label, split = columns["image"], columns["label"], columns.get("split")
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
             for row in reader:
                 if not row:
                     continue
@@ -64,6 +66,18 @@ def open_csv(path: Path) -> Dataset:
     except OSError as error:
         raise DataError(f"{printable(str(path))} cannot be read ({error.strerror})") from None
     return from_paths(table, path.parent)
+
+
+def bounded(file: TextIO, name: str) -> Iterator[str]:
+    """The lines of a text file.
+
+    Raises:
+        DataError: one is longer than MAX_LINE characters.
+    """
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise DataError(f"{name} has a line of more than {MAX_LINE >> 20} Mi characters: {EXPECTED}")
+        yield line
 
 
 def check_columns(columns: Any, name: str) -> None:
@@ -142,7 +156,8 @@ def open_parquet(path: Path) -> Dataset:
     """A Parquet file; the image column holds paths, encoded images, or {bytes, path} as Hugging Face writes it.
 
     Encoded images are copied once, row group by row group, to a temporary file that is gone when the program ends,
-    since Parquet cannot hand out one row of its own.
+    since Parquet cannot hand out one row of its own. A column of paths may name any file, as in a CSV; the path of a
+    {bytes, path} is whoever made the file's, and is followed only where it stays in the file's folder.
 
     Raises:
         DataError: as `open_csv`, and a file that is not Parquet or columns of other types.
@@ -183,7 +198,7 @@ def class_names(schema: Any, column: str) -> list[str] | None:
         stored = json.loads((schema.metadata or {})[b"huggingface"])
         names = stored["info"]["features"][column]["names"]
         return [str(name) for name in names]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
 
 
@@ -246,7 +261,9 @@ def spill(
         file = tempfile.TemporaryFile(prefix="foveal-")  # noqa: SIM115 (lives as long as the Dataset)
         for row, (data, path) in enumerate(images):
             paths.append(printable(path) if path else None)
-            if data is None and path:
+            if data is None and path and not inside(os.path.join(folder, path), [folder]):
+                aside[row] = "its path leads out of the folder of the table"
+            elif data is None and path:
                 elsewhere[row] = os.path.join(folder, path)
             elif data is None:
                 aside[row] = "no image in this row"

@@ -8,15 +8,30 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from foveal.core.bundle import read_json
 from foveal.core.errors import BundleError, MissingExtra, UsageError
 from foveal.core.preprocessing import Preprocessing
+from foveal.core.schema import Finite, Picture, Stored
 from foveal.core.task import Task
+
+ENCODED = ("classes", "preprocessing", "unknown_threshold")
+"""Metadata of a model file that are JSON."""
+
+
+class About(Stored):
+    """Metadata of a model file."""
+
+    classes: Annotated[list[str], Field(min_length=1)]
+    task: Task
+    unknown_threshold: Finite
+    preprocessing: Picture
+
 
 Answers = tuple[NDArray[np.float32], NDArray[np.float32]]
 Run = Callable[[NDArray[np.uint8]], Answers]
@@ -75,13 +90,18 @@ class Runtime:
 
         start = {"onnxruntime": with_onnxruntime, "openvino": with_openvino}[variant.engine]
         try:
-            model = onnx.load(str(path))
+            model = onnx.load(str(path), load_external_data=False)
+            if reads_other_files(model):
+                raise ValueError("some of its tensors lie in other files")
             about = {entry.key: entry.value for entry in model.metadata_props}
-            self.classes = tuple(cast("list[str]", json.loads(about["classes"])))
-            self.task = cast(Task, about["task"])
-            self.threshold = float(about["unknown_threshold"])
-            self.preprocessing = Preprocessing.from_dict(json.loads(about["preprocessing"]))
+            said = About.model_validate({**about, **{key: json.loads(about[key]) for key in ENCODED}})
+            self.classes, self.task, self.threshold = tuple(said.classes), said.task, said.unknown_threshold
+            self.preprocessing = Preprocessing.from_dict(said.preprocessing.model_dump())
             self._run, self.engine = start(without_front(model).SerializeToString(), threads, variant.precision)
+            side = self.preprocessing.size
+            found = [answer.shape for answer in self(np.zeros((1, side, side, 3), np.uint8))]
+            if found != [(1, len(self.classes)), (1,)]:
+                raise ValueError(f"it answers {found} for {len(self.classes)} classes")
         except MissingExtra:
             raise
         except Exception as error:  # the engines raise many kinds on a file that is not a model
@@ -178,6 +198,20 @@ def with_openvino(model: bytes, threads: int, precision: str) -> tuple[Run, str]
         return cast(Answers, tuple(np.array(found[place]) for place in places))
 
     return run, f"openvino {openvino.__version__.partition('-')[0]}"
+
+
+def reads_other_files(message: Any) -> bool:
+    """Whether any tensor of an ONNX model, in subgraphs and functions too, says that its numbers lie elsewhere."""
+    import onnx
+
+    if isinstance(message, onnx.TensorProto):
+        return message.data_location == onnx.TensorProto.EXTERNAL or len(message.external_data) > 0
+    inner = [
+        value if field.is_repeated else [value]
+        for field, value in message.ListFields()
+        if field.type == field.TYPE_MESSAGE
+    ]
+    return any(reads_other_files(each) for values in inner for each in values)
 
 
 def without_front(model: Any) -> Any:
