@@ -40,6 +40,7 @@ HYBRID = Quirk("hybrid")
 QUIRKS: dict[str, Quirk] = {
     "VisionTransformer": PLAIN,
     "VisionTransformerDistilled": PLAIN,
+    "T2TViT": PLAIN,
     # a bias or rotation for every pair of positions is fixed inside attention: its token set cannot change
     "VisionTransformerRelPos": POSITION_IN_ATTENTION,
     "Beit": POSITION_IN_ATTENTION,
