@@ -163,3 +163,14 @@ def test_features_on_a_gpu_are_those_of_the_cpu(small):
     assert session.engine == "torch cuda"
     expected = with_torch(small, images)
     assert np.abs(session(images) - expected).max() <= 1e-3 * np.abs(expected).max()
+
+
+def test_a_session_of_fractions_agrees_with_torch_between_whole_pixels(small: Backbone):
+    session = feature_session(small, device="cpu", threads=2, fractions=True)
+    assert session.engine == "onnxruntime cpu"
+    between = np.random.default_rng(0).uniform(0, 255, (9, 32, 32, 3)).astype(np.float32)
+    expected = with_torch(small, between)
+    assert np.abs(session(between) - expected).max() < 1e-3 * np.abs(expected).max()
+    whole = pixels(small, 3)
+    plain = feature_session(small, device="cpu", threads=2)
+    assert np.array_equal(session(whole.astype(np.float32)), plain(whole))
