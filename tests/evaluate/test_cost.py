@@ -90,3 +90,20 @@ def test_without_a_session_torch_is_timed_and_the_model_is_left_as_it_was():
     assert found["bytes"] is None
     assert backbone.fingerprint() == before
     assert not any(module.training or module._forward_hooks for module in classifier.modules())
+
+
+def test_parameters_that_learn_are_counted_and_left_learning():
+    class Prompted(nn.Module):
+        """A parameter widened to the batch and handed to a layer, as prompts of a transformer are."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.prompts = nn.Parameter(torch.zeros(2, 4))
+            self.layer = nn.Linear(4, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(self.prompts.expand(len(x), -1, -1))
+
+    module = Prompted()
+    assert counted(module, (1, 1)) == 2 * 4 * 8
+    assert all(parameter.requires_grad for parameter in module.parameters())

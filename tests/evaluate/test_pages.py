@@ -328,7 +328,7 @@ def test_card_front_matter_is_what_the_hub_reads(make_context, kind: str, tmp_pa
     context = make_context(**KINDS[kind])
     write_card(tmp_path / "README.md", context)
     fields = front((tmp_path / "README.md").read_text())
-    assert fields["library_name"] == "timm"
+    assert fields["library_name"] == "foveal"
     assert fields["pipeline_tag"] == "image-classification"
     assert "datasets" not in fields
     data = ModelCard.load(tmp_path / "README.md").data

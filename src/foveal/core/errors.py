@@ -24,6 +24,10 @@ class BundleError(FovealError):
     """A Bundle that is missing, incomplete, edited, or of a newer format."""
 
 
+class HubError(FovealError):
+    """The Hugging Face Hub cannot be reached, refuses, or has nothing of that name."""
+
+
 class MissingExtra(FovealError):
     """An optional library that is not installed."""
 

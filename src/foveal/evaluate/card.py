@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from foveal.core.catalogue import PACKAGE
+from foveal.core.method import Classifier
 from foveal.evaluate.page import (
     METRICS,
     MULTI_LABEL,
@@ -26,8 +31,15 @@ from foveal.evaluate.report import ReportContext, cost_rows, provenance, trained
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "auroc": "roc_auc", "balanced_accuracy": "balanced_accuracy"}
 
 
-def write_card(path: str | Path, context: ReportContext) -> None:
-    """Write README.md: YAML front matter that the Hub reads (with a model-index of the results), then the card."""
+NO_LICENCE = "None has been chosen for this model, so others may look at it but not use it."
+
+
+def write_card(path: str | Path, context: ReportContext, classifier: Classifier | None = None) -> None:
+    """Write README.md: YAML front matter that the Hub reads (with a model-index of the results), then the card.
+
+    Args:
+        classifier: the model the card is of; the card then says how to load it without foveal, or why that fails.
+    """
     manifest, metrics = context["manifest"], context["metrics"]
     multi = manifest["task"] == "multi-label"
     title = f"{manifest['data']['name']}: {manifest['method']['name']} on {manifest['backbone']['name']}"
@@ -72,10 +84,27 @@ def write_card(path: str | Path, context: ReportContext) -> None:
         "cost": list(cost_rows(context["cost"])),
         "provenance": list(provenance(manifest, metrics)),
         "version": version("foveal"),
+        "by_hand": classifier is not None,
+        "beyond_timm": beyond_timm(classifier, manifest["backbone"]["arch"]) if classifier else None,
+        "bias": classifier is not None and getattr(classifier.head, "bias", None) is not None,
+        "licence": NO_LICENCE,
     }
     template = environment().overlay(finalize=lambda value: value).get_template("card.md.j2")
     text = template.render({key: markdown(value) for key, value in page.items() if key != "front"}, front=page["front"])
     Path(path).write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def beyond_timm(classifier: Classifier, arch: str) -> str | None:
+    """Why timm and a matrix product cannot answer as this classifier does; None where they can."""
+    kind = type(classifier)
+    if kind.features is not Classifier.features or kind.forward is not Classifier.forward:
+        return f"its features are computed in another way than timm's {arch} does ({kind.__name__})"
+    if type(classifier.head) is not nn.Linear:
+        return f"its head is not a linear layer ({type(classifier.head).__name__})"
+    own = PACKAGE.glob("architectures/[!_]*.py")
+    if any(re.search(rf"^def {re.escape(arch)}\(", file.read_text("utf-8"), re.MULTILINE) for file in own):
+        return f"the architecture {arch} comes with foveal"
+    return None
 
 
 def recall_interval(row: Mapping[str, Any]) -> str:
@@ -97,6 +126,9 @@ def front_matter(context: ReportContext, title: str) -> str:
     manifest, metrics = context["manifest"], context["metrics"]
     data = manifest["data"]["name"]
     hub = data.removeprefix("hub:") if data.startswith("hub:") else None
+    base = (
+        origin.removeprefix("hub:") if (origin := manifest["backbone"].get("origin", "")).startswith("hub:") else None
+    )
     measured = {name: kind for name, kind in HUB_METRICS.items() if (metrics.get(name) or {}).get("value") is not None}
     dataset = {"name": data, "type": hub or "imagefolder", "split": metrics.get("split", "test")}
     results = [
@@ -104,9 +136,10 @@ def front_matter(context: ReportContext, title: str) -> str:
         for name, kind in measured.items()
     ]
     fields: dict[str, Any] = {
-        "library_name": "timm",
+        "library_name": "foveal",
         "pipeline_tag": "image-classification",
         "tags": ["foveal", "timm", "image-classification", manifest["method"]["name"], manifest["task"]],
+        **({"base_model": [base]} if base else {}),
         **({"datasets": [hub]} if hub else {}),
         "metrics": list(measured.values()),
         "model-index": [

@@ -144,11 +144,15 @@ def counted(module: nn.Module, shape: tuple[int, ...]) -> int:
 
     like = next(iter(module.parameters()), next(iter(module.buffers()), torch.zeros(0)))
     example: Tensor = torch.zeros(shape, device=like.device)
-    training = module.training
+    training, learning = module.training, [p for p in module.parameters() if p.requires_grad]
     counter = FlopCounterMode(display=False)
     try:
+        for parameter in learning:  # the counter looks for the gradient of whatever asks for one
+            parameter.requires_grad_(False)
         with counter, torch.no_grad():
             module.eval()(example)
     finally:
         module.train(training)
+        for parameter in learning:
+            parameter.requires_grad_(True)
     return int(counter.get_total_flops()) // 2

@@ -30,12 +30,13 @@ from foveal.evaluate.ood import empty_score
 from foveal.features.extract import extract
 from foveal.features.session import pick_device
 from foveal.features.stream import stream_pixels
+from foveal.ship.answer import answer, unreadable
+from foveal.ship.hub import fetch, on_hub
 
 if TYPE_CHECKING:
     from PIL import Image
 
 M = TypeVar("M", bound=nn.Module)
-TOP = 5
 CHUNK = 1024
 
 
@@ -52,13 +53,17 @@ def save_weights(model: Calibrated, path: Path) -> None:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else error from None
 
 
-def load(path: str | Path) -> Bundle:
-    """Open a Bundle folder made by `foveal fit`.
+def load(path: str | Path, *, offline: bool = False) -> Bundle:
+    """Open a Bundle: a folder made by `foveal fit`, or hub:owner/name[@revision] of the Hugging Face Hub.
+
+    Args:
+        offline: of the Hub's, take only what the Hugging Face cache holds.
 
     Raises:
         BundleError: not a Bundle, incomplete, edited, or of a newer format.
+        HubError: the Hub cannot be reached, refuses, or has nothing of that name.
     """
-    return Bundle(open_bundle(path))
+    return Bundle(open_bundle(fetch(path, offline=offline) if on_hub(path) else path))
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,6 @@ class Bundle:
         path = self.path / "model.safetensors"
         try:
             weights = load_file(path)
-    @torch.inference_mode(False)  # its tensors can take part in gradients, whoever looks first
             head, score = part(weights, "classifier.head."), part(weights, "ood.")
             described, name = self.manifest["backbone"], self.calibration["unknown"]["name"]
             if self.method.reads_features():
@@ -179,23 +183,16 @@ class Bundle:
         return [
             unreadable(dataset.ids[row], errors[row])
             if row in errors
-            else self.answer(dataset.ids[row], probabilities[row], float(scores[row]))
+            else answer(
+                dataset.ids[row],
+                probabilities[row],
+                float(scores[row]),
+                classes=self.classes,
+                task=self.task,
+                threshold=self.threshold,
+            )
             for row in range(len(dataset))
         ]
-
-    def answer(self, image: str, probabilities: np.ndarray, score: float) -> dict[str, Any]:
-        order = np.argsort(-probabilities, kind="stable")[:TOP]
-        top = [[self.classes[index], float(probabilities[index])] for index in order]
-        chosen = top[:1]
-        if self.task == "multi-label":
-            chosen = [item for item in top if item[1] >= 0.5]
-        return {
-            "image": image,
-            "label": "|".join(sorted(str(name) for name, _ in chosen)),
-            "probability": min((p for _, p in chosen), default=1 - float(probabilities.max())),
-            "unknown": score > self.threshold,
-            "top": top,
-        }
 
     @torch.inference_mode()
     def infer(
@@ -246,10 +243,6 @@ def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in weights.items()}
-
-
-def unreadable(image: str, reason: str) -> dict[str, Any]:
-    return {"image": image, "label": None, "probability": None, "unknown": True, "top": [], "error": reason}
 
 
 def headline(metrics: dict[str, Any]) -> str:

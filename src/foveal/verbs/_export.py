@@ -15,6 +15,7 @@ from foveal.core.progress import Progress
 from foveal.data.open import open_dataset, open_images
 from foveal.ship.bundle import Bundle, load
 from foveal.ship.export import export_onnx
+from foveal.ship.hub import own_copy
 
 CHECKED = 16
 
@@ -26,7 +27,7 @@ def export_bundle(path: Path, images: Path | None, progress: Progress) -> dict[s
         UsageError: no images to check parity on.
         FovealError: the exported model does not answer as the torch model.
     """
-    bundle = load(path)
+    bundle = load(own_copy(path, progress))
     pictures = parity_images(bundle, images)
     target = bundle.path / "model.onnx"
     with atomic_file(target) as staging:

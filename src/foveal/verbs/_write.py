@@ -127,7 +127,7 @@ def write_bundle(
             mistakes=mistakes(prepared, adapted.test.rows, probabilities, labels),
         )
         write_report(folder / "report.html", context)
-        write_card(folder / "README.md", context)
+        write_card(folder / "README.md", context, adapted.classifier)
         seal(folder, manifest)
 
 

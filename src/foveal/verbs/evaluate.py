@@ -11,7 +11,7 @@ from foveal.verbs.fit import DataArgument, DeviceOption, OfflineOption
 
 
 def evaluate(
-    bundle: Annotated[Path, "Bundle folder made by `foveal fit`."],
+    bundle: Annotated[Path, "Bundle: folder made by `foveal fit`, or hub:owner/name."],
     data: DataArgument,
     *,
     split: Annotated[str, "Measure only this split of data that have splits: train, val, test or all."] = "all",
@@ -31,7 +31,7 @@ def evaluate(
     from foveal.ship.bundle import load
 
     progress = progress or Progress()
-    model = load(bundle)
+    model = load(bundle, offline=offline)
     dataset = open_dataset(data, offline=offline)
     if split not in ("all", "train", "val", "test"):
         raise UsageError(f"--split {split}: expected all, train, val or test")

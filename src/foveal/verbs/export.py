@@ -10,7 +10,7 @@ from foveal.verbs._results import Result
 
 
 def export(
-    bundle: Annotated[Path, "Bundle folder made by `foveal fit`."],
+    bundle: Annotated[Path, "Bundle: folder made by `foveal fit`, or hub:owner/name."],
     *,
     to: Annotated[str, "Format: onnx."] = "onnx",
     images: Annotated[Path | None, "Images to check parity on; default: the data the Bundle was fitted on."] = None,

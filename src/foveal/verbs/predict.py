@@ -11,7 +11,7 @@ from foveal.verbs.fit import DeviceOption
 
 
 def predict(
-    bundle: Annotated[Path, "Bundle folder made by `foveal fit`."],
+    bundle: Annotated[Path, "Bundle: folder made by `foveal fit`, or hub:owner/name."],
     images: Annotated[list[Path], "Image files, or folders of images."],
     *,
     device: DeviceOption = "auto",
