@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import FastAPI, Query
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -30,14 +30,14 @@ from foveal.ship.serve.explain import DEFAULT, Explainer, methods
 from foveal.ship.serve.guard import Guard
 from foveal.ship.serve.limits import Settings
 from foveal.ship.serve.metrics import Metrics
-from foveal.ship.serve.refusal import Busy, Refused, fault, refuse
+from foveal.ship.serve.refusal import Busy, Refused, fault, gone, refuse
 from foveal.ship.serve.schemas import Health, HeatMap, Model, Problem, Row
 
 MEASURED = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
 WORK_PROBLEMS = {400: "cannot be parsed", 408: "too slow", 413: "too large or too many", 415: "another type of body"}
 WORK_PROBLEMS |= {422: "no image in it, or none that can be decoded", 503: "too much to do; Retry-After says when"}
 
-HANDLERS: dict[Any, Any] = {HTTPException: refuse, Exception: fault}
+HANDLERS: dict[Any, Any] = {HTTPException: refuse, ClientDisconnect: gone, Exception: fault}
 
 
 class Service:
@@ -233,6 +233,7 @@ def api(service: Service, site: Site) -> FastAPI:
         description=f"Answers of the model {service.settings.bundle.resolve().name}.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lifespan,
         exception_handlers=HANDLERS,
     )

@@ -22,12 +22,13 @@ T = TypeVar("T")
 FORGET_SECONDS = 600
 """After which an image that was dropped on the page is deleted."""
 STYLE = """
+.gradio-container { --quiet: color-mix(in srgb, var(--body-text-color) 72%, transparent); }
 .foveal-head h1 { margin: 0; font-size: 1.5rem; font-weight: 650; }
-.foveal-head p { margin: .25rem 0 0; color: var(--body-text-color-subdued); }
+.foveal-head p { margin: .25rem 0 0; color: var(--quiet); }
 .foveal-answer { padding: .9rem 1.1rem; border-radius: var(--radius-lg); border: 1px solid var(--border-color-primary);
   background: var(--block-background-fill); min-height: 5.2rem; }
 .foveal-answer strong { display: block; font-size: 1.45rem; line-height: 1.3; overflow-wrap: anywhere; }
-.foveal-answer span { color: var(--body-text-color-subdued); }
+.foveal-answer span { color: var(--quiet); }
 .foveal-answer.unknown { border-color: #b7791f; border-left-width: 5px; }
 .foveal-bars { display: grid; grid-template-columns: minmax(5rem, 11rem) 1fr 3.6rem; gap: .45rem .7rem;
   align-items: center; margin: .4rem 0; }
@@ -37,7 +38,7 @@ STYLE = """
 .foveal-bars span { overflow-wrap: anywhere; }
 .foveal-bars em { font-style: normal; text-align: right; font-variant-numeric: tabular-nums; }
 .foveal-map img { width: 100%; max-height: 26rem; object-fit: contain; border-radius: var(--radius-lg); }
-.foveal-map figure { margin: 0; } .foveal-map figcaption { color: var(--body-text-color-subdued); margin-top: .4rem; }
+.foveal-map figure { margin: 0; } .foveal-map figcaption { color: var(--quiet); margin-top: .4rem; }
 """
 EMPTY = '<div class="foveal-answer"><span>Drop an image on the left, paste one, or click to choose a file.</span></div>'
 
@@ -81,19 +82,20 @@ def build_page(service: Service, loop: asyncio.AbstractEventLoop) -> FastAPI:
     with gr.Blocks(
         title=f"{about['name']}: foveal", analytics_enabled=False, delete_cache=(60, FORGET_SECONDS)
     ) as blocks:
-        gr.HTML(head(about))
+        gr.HTML(head(about), padding=False)
         with gr.Row(equal_height=False):
             with gr.Column():
                 image = gr.Image(
                     type="filepath", image_mode=None, sources=["upload", "clipboard"], show_label=False, height=416
                 )
             with gr.Column():
-                said = gr.HTML(EMPTY)
-                map = gr.HTML(elem_classes="foveal-map")
+                said = gr.HTML(EMPTY, padding=False)
+                map = gr.HTML(elem_classes="foveal-map", padding=False)
         image.change(look, image, [said, map], queue=False, api_visibility="private").success(
             explain, image, map, queue=False, show_progress="full", api_visibility="private"
         )
     theme = themes.Default(
+        primary_hue="blue",
         font=["system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"],
         font_mono=["ui-monospace", "Consolas", "monospace"],
         radius_size=themes.sizes.radius_md,
@@ -155,6 +157,6 @@ def drawn(found: dict[str, Any]) -> str:
     target = html.escape(found["target"])
     return (
         f'<figure><img src="{found["overlay"]}" alt="Heat map over the image"><figcaption>What speaks for {target} '
-        f"({percent(found['probability'])}): the brighter, the more the answer depends on it. "
-        f"{html.escape(found['method'].partition(':')[0])}</figcaption></figure>"
+        f"({percent(found['probability'])}): the brighter, the more the answer depends on it; what the model does "
+        f"not see is dark. Drawn by {html.escape(found['method'].partition(':')[0])}.</figcaption></figure>"
     )

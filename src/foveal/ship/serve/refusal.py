@@ -34,6 +34,11 @@ def refuse(_: Request, refusal: Exception) -> Response:
     return error(refusal.status_code, refusal.detail, refusal.headers)
 
 
+def gone(_: Request, __: Exception) -> Response:
+    """Exception handler of a client that hung up; nobody reads it, the metrics count it."""
+    return error(499, "the client hung up")
+
+
 def fault(_: Request, __: Exception) -> Response:
     """Exception handler of everything else: the traceback goes to the server's log and not to the client."""
     return error(500, "a fault of the server; its log says more")
