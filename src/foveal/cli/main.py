@@ -69,7 +69,7 @@ def command(verb: Callable[..., Any]) -> Callable[..., None]:
         if as_json:
             sys.stdout.write(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
         else:
-            sys.stdout.write(result.to_text() + "\n")
+            sys.stdout.write(printable(result.to_text()) + "\n")
 
     run.__name__, run.__doc__ = verb.__name__, verb.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -108,7 +108,12 @@ def main() -> None:
     sys.exit(code)
 
 
+def printable(text: str) -> str:
+    """Text without the control characters by which a name in a Bundle or data set could steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 def fail(message: str) -> int:
     if message:
-        sys.stderr.write(f"foveal: {' '.join(message.split())}\n")
+        sys.stderr.write(f"foveal: {printable(' '.join(message.split()))}\n")
     return 2

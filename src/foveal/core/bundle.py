@@ -75,7 +75,7 @@ def atomic_folder(target: Path) -> Generator[Path]:
     Raises:
         FovealError: no space left on the device, or the folder cannot be written.
     """
-    target = Path(target).absolute()
+    target = Path(os.path.realpath(target))
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

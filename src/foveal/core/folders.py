@@ -9,8 +9,9 @@ import uuid
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-from foveal.core.errors import FovealError
+from foveal.core.errors import FovealError, UsageError
 
 
 def cache_root() -> Path:
@@ -47,6 +48,43 @@ def atomic_file(target: Path) -> Generator[Path]:
     finally:
         with suppress(OSError):
             staging.unlink()
+
+
+LOCK = "lock"
+
+
+def claim(work: Path) -> IO[bytes]:
+    """Make the folder of an unfinished run, or take up what a stopped one left there: its `request.json` tells it.
+
+    Returns:
+        A file; while it is open no other process gets the same folder.
+
+    Raises:
+        UsageError: another process is at work there, or the folder holds something else.
+        FovealError: it cannot be written.
+    """
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        if {entry.name for entry in work.iterdir()} - {LOCK} and not (work / "request.json").is_file():
+            raise UsageError(f"{work} holds something that no foveal left there: move it away, or choose another --out")
+        lock = (work / LOCK).open("ab")
+    except FileExistsError:
+        raise UsageError(f"{work} is in the way: move it away, or choose another --out") from None
+    except OSError as error:
+        raise unwritable(work, error) from error
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise UsageError(
+                f"another foveal is at work on {work.with_suffix('')}: wait for it, or choose another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+    return lock
 
 
 def unwritable(target: Path, error: OSError) -> FovealError:

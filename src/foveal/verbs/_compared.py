@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from foveal.core.bundle import atomic_folder, read_json, write_json
+from foveal.core.errors import UsageError
+from foveal.core.folders import LOCK
 from foveal.data.worlds import garbage
 from foveal.evaluate.comparison import write_comparison
 from foveal.evaluate.cost import runner, timed
@@ -21,10 +23,26 @@ from foveal.verbs._prepare import Prepared
 from foveal.verbs._reference import REFERENCES
 
 TIMED = 64
+TABLES = {"comparison.json", "comparison.csv", "comparison.html"}
+
+
+def check_out(out: Path) -> None:
+    """Refuse to put a comparison in the place of anything but an older one.
+
+    Raises:
+        UsageError: naming what is there.
+    """
+    if out.is_dir():
+        others = sorted({entry.name for entry in out.iterdir()} - TABLES)
+        there = f"holds {others[0]}" if others else ""
+    else:
+        there = "is a file" if out.exists() else ""
+    if there:
+        raise UsageError(f"--out {out} {there} and is not overwritten: choose another --out")
 
 
 class Ledger:
-    """Finished rows in a folder, one line each; rows of another request are dropped."""
+    """Finished rows in a folder that is this process's own, one line each; rows of another request are dropped."""
 
     def __init__(self, folder: Path, request: dict[str, Any]) -> None:
         self.folder = folder
@@ -34,17 +52,20 @@ class Ledger:
         except (OSError, ValueError):
             same = False
         if not same:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            for entry in folder.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                elif entry.name != LOCK:
+                    entry.unlink()
             write_json(asked, request)
         self.file = folder / "rows.jsonl"
         self.found: dict[tuple[str, int], dict[str, Any]] = {}
         for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []:
             try:
                 row = json.loads(line)
-            except ValueError:
+                self.found[row["method"], row["seed"]] = row
+            except (ValueError, TypeError, KeyError):  # the last line of a run that was killed
                 continue
-            self.found[row["method"], row["seed"]] = row
 
     def has(self, method: str, seed: int) -> bool:
         return (method, seed) in self.found

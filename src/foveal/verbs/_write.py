@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def finished(out: Path, request: dict[str, Any]) -> bool:
     Raises:
         UsageError: it holds something else, which `fit` does not overwrite.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not os.path.exists(out) or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
         held = open_bundle(out).manifest["request"]

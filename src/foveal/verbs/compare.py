@@ -52,8 +52,9 @@ def compare(
     import time
 
     from foveal.core.errors import BackboneError, UsageError
+    from foveal.core.folders import claim
     from foveal.verbs._adapt import FrozenRows, adapt, check_suits, choose
-    from foveal.verbs._compared import Ledger, write_tables
+    from foveal.verbs._compared import Ledger, check_out, write_tables
     from foveal.verbs._prepare import check_choices, parse_budget, prepare
     from foveal.verbs._race import frozen_methods
     from foveal.verbs._reference import reference_probabilities
@@ -69,6 +70,7 @@ def compare(
         if choice != "frozen":
             choose(choice)
     out = Path(out) if out else default_out(data, "compare")
+    check_out(out)
     started = time.perf_counter()
     prepared = prepare(data, backbone, offline=offline, device=device, progress=progress)
     reading = time.perf_counter() - started
@@ -78,7 +80,9 @@ def compare(
     chosen = {name: check_suits(choose(name), prepared) for name in dict.fromkeys(names)}
 
     request = {"data": str(data), "backbone": backbone, "class_weights": class_weights, "budget": budget}
-    ledger = Ledger(out.with_name(out.name + ".work"), request)
+    work = out.with_name(out.name + ".work")
+    _held = claim(work)
+    ledger = Ledger(work, request)
     refused: dict[str, BackboneError] = {}
     for run in range(seed, seed + seeds):
         wanted = [name for name in chosen if name not in refused and not ledger.has(name, run)]

@@ -47,6 +47,7 @@ def fit(
     Example: foveal fit sample:digits --out runs/digits
     """
     from foveal.core.bundle import write_json
+    from foveal.core.folders import claim
     from foveal.ship.bundle import load
     from foveal.verbs._adapt import FrozenRows, adapt, check_suits, choose
     from foveal.verbs._prepare import check_choices, parse_budget, prepare
@@ -70,7 +71,7 @@ def fit(
     frozen = chosen is None or chosen.reads_features()
     rows = FrozenRows(prepared, splits, seed, class_weights) if frozen else None
     work = out.with_name(out.name + ".work")
-    work.mkdir(parents=True, exist_ok=True)
+    _held = claim(work)
     write_json(work / "request.json", request)
     if chosen is None:
         assert rows is not None
