@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,11 +17,14 @@ import typer
 from foveal import VERBS, __version__
 from foveal.cli.progress import TerminalProgress
 from foveal.core.errors import FovealError
+from foveal.core.progress import Progress
 
 CommandLineError: Any = typer.BadParameter.__mro__[2]
 """click's ClickException, which typer carries but does not export."""
 
 STOPPED = 130
+FELLOW = int(os.environ.get("RANK") or 0)
+"""Which process of a run this is; all but the first, 0, which torchrun or `accelerate launch` started, are quiet."""
 
 app = typer.Typer(
     name="foveal",
@@ -62,10 +66,12 @@ def command(verb: Callable[..., Any]) -> Callable[..., None]:
 
     def run(**arguments: Any) -> None:
         as_json = arguments.pop("as_json")
-        with TerminalProgress() as progress:
+        with TerminalProgress() as bars:
             if "progress" in hints:
-                arguments["progress"] = progress
+                arguments["progress"] = Progress() if FELLOW else bars
             result = verb(**arguments)
+        if FELLOW:
+            return
         if as_json:
             sys.stdout.write(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
         else:
@@ -115,5 +121,6 @@ def printable(text: str) -> str:
 
 def fail(message: str) -> int:
     if message:
-        sys.stderr.write(f"foveal: {printable(' '.join(message.split()))}\n")
+        process = f" (process {FELLOW})" if FELLOW else ""
+        sys.stderr.write(f"foveal{process}: {printable(' '.join(message.split()))}\n")
     return 2

@@ -34,6 +34,7 @@ from foveal.train import checkpoint
 from foveal.train.batches import ahead, augment, epoch_batches, stacked
 from foveal.train.events import Event, Listener, TrainResult, balanced_accuracy, silent
 from foveal.train.optim import make_optimizer, rate, set_rate
+from foveal.train.processes import accelerator_for, dealt_back, shared_statistics, told_when_lost
 
 SAVE_EVERY_S = 20.0
 WORKERS = min(8, os.cpu_count() or 1)
@@ -91,11 +92,11 @@ def train(
 
     Raises:
         FovealError: the loss is not finite, one image alone does not fit into memory, or `work` cannot be written.
-        UsageError: nothing to train on, nothing to train, or no such device.
+        UsageError: nothing to train on, nothing to train, no such device, or more processes than images in a batch.
     """
     if len(indices_train) == 0:
         raise UsageError(f"{method.name} got no training images: expected at least one per class")
-    accelerator = Accelerator(device_placement=False)
+    accelerator = accelerator_for(device)
     target = choose_device(device, accelerator)
     place(model, target)
     optimizer = make_optimizer(checked_groups(method, model, recipe), recipe)
@@ -105,15 +106,17 @@ def train(
         position = Position(**found)
     elif found:
         on_event({"event": "message", "message": found})
+    check_same_start(position.step, work, accelerator)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     state = Run(
         method, model, wrapped, prepared, accelerator, target, dataset, preprocessing, labels,
         indices_train, indices_val, class_weights.to(target), seed, recipe, work, budget_s, on_event, position,
     )  # fmt: skip
     devices = [target.index or 0] if target.type == "cuda" else []
-    with torch.random.fork_rng(devices), grouped_in_float32(model):
+    patches = grouped_in_float32(model), shared_statistics(model, accelerator)
+    with torch.random.fork_rng(devices), patches[0], patches[1], told_when_lost():
         stopped = state.go()
-    accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
     finished = method.finish(model).eval()
     unplace(finished, torch.device("cpu"))
     steps = state.steps_per_epoch
@@ -147,7 +150,14 @@ class Run:
     def __post_init__(self) -> None:
         self.history = list(self.position.history)
         self.position.micro = self.position.micro or self.recipe.batch_size
-        self.steps_per_epoch = len(epoch_batches(len(self.rows), self.recipe.batch_size, self.seed, 0))
+        batches = epoch_batches(len(self.rows), self.recipe.batch_size, self.seed, 0)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        if len(batches[-1]) < self.world:
+            raise UsageError(
+                f"{self.world} processes share batches of {len(batches[-1])} images: start fewer processes, or choose "
+                f"a larger batch_size than {self.recipe.batch_size}"
+            )
+        self.steps_per_epoch = len(batches)
         self.steps = self.recipe.epochs * self.steps_per_epoch
         self.precision = autocast_dtype(self.device, self.model)
         self.begun = time.monotonic() - self.position.elapsed
@@ -169,12 +179,12 @@ class Run:
                     self.save()
         return False
 
-    def epoch(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(pixels uint8 [b, S, S, 3], rows [b]) of each step left in the running epoch; b is this process's share."""
+    def epoch(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """(pixels uint8 [b, S, S, 3], rows [b], batch size) of each step left in the running epoch; b is this
+        process's share of the batch."""
         number, done = divmod(self.position.step, self.steps_per_epoch)
         batches = epoch_batches(len(self.rows), self.recipe.batch_size, self.seed, number)[done:]
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        mine = [self.rows[np.resize(batch, max(len(batch), world))[rank::world]] for batch in batches]
+        mine = [self.rows[batch[self.rank :: self.world]] for batch in batches]
 
         def view(row: int) -> np.ndarray:
             rng = generator(self.seed, "augment", number, row)
@@ -182,16 +192,16 @@ class Run:
 
         with ThreadPoolExecutor(WORKERS) as pool:
             views = ahead(view, (int(row) for batch in mine for row in batch), pool, 2 * self.recipe.batch_size)
-            yield from zip(stacked(views, [len(batch) for batch in mine]), mine, strict=True)
+            yield from zip(stacked(views, [len(batch) for batch in mine]), mine, map(len, batches), strict=True)
 
-    def train_step(self, batch: tuple[np.ndarray, np.ndarray]) -> None:
-        pixels = torch.from_numpy(batch[0])
+    def train_step(self, batch: tuple[np.ndarray, np.ndarray, int]) -> None:
+        pixels, size = torch.from_numpy(batch[0]), batch[2]
         share = rate(self.position.step, self.steps, self.recipe.warmup)
         lr = set_rate(self.optimizer, share)
         self.wrapped.train()
         while True:
             try:
-                loss = self.accumulate(pixels, self.labels[batch[1]])
+                loss = self.accumulate(pixels, self.labels[batch[1]], size)
                 break
             except OUT_OF_MEMORY as error:
                 self.back_off(error)
@@ -204,10 +214,10 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.position.step += 1
         self.method.after_step(self.model, self.position.step)
-        self.position.loss_sum += loss * len(pixels)
-        self.position.seen += len(pixels)
+        self.position.loss_sum += loss * size
+        self.position.seen += size
         now = time.monotonic()
-        speed = len(pixels) * self.accelerator.num_processes / (now - self.stepped_at)
+        speed = size / (now - self.stepped_at)
         self.stepped_at = now
         self.on_event(
             {
@@ -221,10 +231,13 @@ class Run:
             }
         )
 
-    def accumulate(self, pixels: Tensor, labels: np.ndarray) -> float:
-        """Gradients of one batch, in as many passes as memory asks for. Returns its mean loss."""
-        torch.manual_seed(derive(self.seed, "step", self.position.step, self.accelerator.process_index))
-        parts = max(1, math.ceil(len(pixels) / self.position.micro))
+    def accumulate(self, pixels: Tensor, labels: np.ndarray, size: int) -> float:
+        """Gradients of one batch of `size` images, in as many passes as memory asks for. Returns its mean loss.
+
+        `pixels` is this process's share. Gradients are averaged over processes, hence each image's weight.
+        """
+        torch.manual_seed(derive(self.seed, "step", self.position.step, self.rank))
+        parts = min(math.ceil(math.ceil(size / self.world) / self.position.micro), size // self.world)
         total = 0.0
         for number, (some, answers) in enumerate(
             zip(pixels.tensor_split(parts), torch.from_numpy(labels).tensor_split(parts), strict=True), start=1
@@ -232,19 +245,27 @@ class Run:
             images = normalise(some.to(self.device, non_blocking=True), self.preprocessing)
             answers = answers.to(self.device)
             batch = {"images": images, "labels": answers, "class_weights": self.class_weights}
-            share = len(some) / len(pixels)
+            share = len(some) / size
             with self.accelerator.no_sync(self.wrapped) if number < parts else nullcontext():
                 with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
                     loss = self.method.loss(self.wrapped, batch)["loss"]
-                self.accelerator.backward(loss * share)
+                self.accelerator.backward(loss * (share * self.world))
             total += float(loss.detach()) * share
-        return total
+        if self.world == 1:
+            return total
+        shares = torch.tensor([total], dtype=torch.float32, device=self.device)
+        return float(torch.as_tensor(self.accelerator.reduce(shares, "sum")).item())
 
     def back_off(self, error: BaseException) -> None:
         """Halve the images per pass; the batch of an optimiser step stays the recipe's."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+        if self.world > 1:
+            raise FovealError(
+                f"out of memory on {self.device} with {self.recipe.batch_size} images shared by {self.world} "
+                "processes: choose a smaller batch_size or backbone, or start more processes"
+            ) from error
         if self.position.micro == 1:
             raise FovealError(
                 f"one image of {self.preprocessing.size} pixels does not fit into the memory of {self.device}: "
@@ -272,7 +293,9 @@ class Run:
             "seconds": time.monotonic() - self.begun,
         }
         if len(self.rows_val):
-            logits, _ = read_rows(self.model, self.dataset, self.rows_val, self.preprocessing, self.device)
+            logits, _ = read_shared(
+                self.model, self.dataset, self.rows_val, self.preprocessing, self.device, self.accelerator
+            )
             labels = torch.from_numpy(self.labels[self.rows_val])
             weights = {"labels": labels, "class_weights": self.class_weights.cpu()}
             record["val_loss"] = float(classification_loss(logits, weights))
@@ -292,10 +315,22 @@ class Run:
         if self.budget_s is None:
             return False
         spent = time.monotonic() - self.begun >= self.budget_s
-        if self.accelerator.num_processes == 1:
+        if self.world == 1:
             return spent
         votes = self.accelerator.reduce(torch.tensor([float(spent)], device=self.device), "sum")
         return bool(torch.as_tensor(votes).item() > 0)
+
+
+def check_same_start(step: int, work: Path, accelerator: Accelerator) -> None:
+    """Refuse to train when the processes found different checkpoints, as they do in folders of their own."""
+    if accelerator.num_processes == 1:
+        return
+    steps = torch.as_tensor(accelerator.gather(torch.tensor([step], device=accelerator.device))).tolist()
+    if len(set(steps)) > 1:
+        raise UsageError(
+            f"the processes found checkpoints of different steps ({', '.join(map(str, steps))}) in {work}: "
+            "choose an --out that all machines share"
+        )
 
 
 def checked_groups(method: Adapt, model: Classifier, recipe: Recipe) -> list[dict[str, Any]]:
@@ -407,21 +442,46 @@ def predict_logits(
     *,
     device: str = "auto",
     batch: int = 64,
+    together: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Logits [n, C] and features [n, D], float32 on the CPU, of some images in order. Images stream through.
 
     The model is moved to the device and, afterwards, back; it is in eval mode meanwhile.
+
+    Args:
+        together: every process of the run makes this call, and reads a share of the images.
     """
     if len(indices) == 0:
         raise UsageError("no images to predict: expected at least one")
-    target = choose_device(device, Accelerator(device_placement=False)) if device != "cpu" else torch.device("cpu")
+    accelerator = accelerator_for(device) if together or device != "cpu" else None
+    target = choose_device(device, accelerator) if accelerator else torch.device("cpu")
     home, training = next(iter(model.parameters())).device, model.training
     place(model, target)
     try:
+        if together and accelerator:
+            return read_shared(model.eval(), dataset, indices, preprocessing, target, accelerator, batch)
         return read_rows(model.eval(), dataset, indices, preprocessing, target, batch)
     finally:
         unplace(model, home)
         model.train(training)
+
+
+def read_shared(
+    model: Classifier,
+    dataset: Dataset,
+    indices: np.ndarray,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    accelerator: Accelerator,
+    batch: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """`read_rows` of all images, of which each process read its share."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if world == 1 or len(indices) < world:
+        return read_rows(model, dataset, indices, preprocessing, device, batch)
+    logits, features = read_rows(model, dataset, indices[rank::world], preprocessing, device, batch)
+    with told_when_lost():
+        return dealt_back(logits, len(indices), accelerator), dealt_back(features, len(indices), accelerator)
 
 
 def read_rows(

@@ -251,7 +251,7 @@ def adapt_trained(
 
     def known(rows: np.ndarray) -> Known:
         logits, features = predict_logits(
-            result.model, prepared.dataset, rows, prepared.backbone.preprocessing, device=device
+            result.model, prepared.dataset, rows, prepared.backbone.preprocessing, device=device, together=True
         )
         return Known(rows, features, torch.from_numpy(labels[rows]), logits)
 

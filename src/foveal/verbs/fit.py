@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,13 +43,15 @@ def fit(
 ) -> Bundle:
     """Adapt a pretrained backbone to labelled images and write a Bundle: model, calibration, metrics, report.
 
-    Stopped or killed, the same command with the same --out goes on where it was.
+    Stopped or killed, the same command with the same --out goes on where it was. Under torchrun or accelerate launch
+    the processes train together and the first writes.
 
     Example: foveal fit sample:digits --out runs/digits
     """
     from foveal.core.bundle import write_json
     from foveal.core.folders import claim
     from foveal.ship.bundle import load
+    from foveal.train.processes import Team
     from foveal.verbs._adapt import FrozenRows, adapt, check_suits, choose
     from foveal.verbs._prepare import check_choices, parse_budget, prepare
     from foveal.verbs._race import race
@@ -61,18 +64,24 @@ def fit(
     chosen = None if method == "auto" else choose(method)
     out = Path(out) if out else default_out(data, method)
     request = request_of(data, method, backbone, seed, class_weights)
-    if finished(out, request):
+    team = Team(device)
+    if team.agree(lambda: finished(out, request)):
         progress.say(f"{out} already holds the Bundle of this very command")
         return load(out)
+    frozen = chosen is None or chosen.reads_features()
+    if frozen and not team.main:
+        team.wait()
+        return load(out)
 
-    prepared = prepare(data, backbone, offline=offline, device=device, progress=progress)
+    with team.main_first() if not frozen else nullcontext():
+        prepared = prepare(data, backbone, offline=offline, device=device, progress=progress)
     chosen = check_suits(chosen, prepared) if chosen else None
     splits = prepared.splits(seed)
-    frozen = chosen is None or chosen.reads_features()
     rows = FrozenRows(prepared, splits, seed, class_weights) if frozen else None
     work = out.with_name(out.name + ".work")
-    _held = claim(work)
-    write_json(work / "request.json", request)
+    _held = claim(work) if team.main else None
+    if team.main:
+        write_json(work / "request.json", request)
     if chosen is None:
         assert rows is not None
         adapted, contest = race(prepared, rows, seed, progress)
@@ -82,11 +91,13 @@ def fit(
             chosen, prepared, splits, rows, seed, class_weights,
             device=device, work=work, budget=seconds, progress=progress,
         )  # fmt: skip
-    write_bundle(
-        out, prepared, splits, adapted, contest,
-        request=request, seed=seed, class_weights=class_weights, device=device, started=start, progress=progress,
-    )  # fmt: skip
-    shutil.rmtree(work, ignore_errors=True)
+    if team.main:
+        write_bundle(
+            out, prepared, splits, adapted, contest,
+            request=request, seed=seed, class_weights=class_weights, device=device, started=start, progress=progress,
+        )  # fmt: skip
+        shutil.rmtree(work, ignore_errors=True)
+    team.wait()
     return load(out)
 
 
