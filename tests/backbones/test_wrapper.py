@@ -137,7 +137,10 @@ def test_hooks_go_when_the_network_or_the_caller_fails():
     with pytest.raises(RuntimeError), recording(module, ["body", "head"]):
         module(torch.zeros(1, 7, 16, 16))
     assert hooks(module) == 0
-    with pytest.raises(UsageError, match="no layer 'body.9': 'body' has 0, 1, 2"), recording(module, ["head", "body.9"]):
+    with (
+        pytest.raises(UsageError, match=r"no layer 'body\.9': 'body' has 0, 1, 2"),
+        recording(module, ["head", "body.9"]),
+    ):
         pass
     assert hooks(module) == 0
     with pytest.raises(UsageError, match="no layer 'neck': there are body, head"):

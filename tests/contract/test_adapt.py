@@ -6,8 +6,6 @@ Either the whole contract holds, or the method refuses the backbone with a clear
 import copy
 import dataclasses
 import io
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +15,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from tests.contract.capabilities import FAMILIES, as_documented, hooks
+from torch import Tensor
 
 from foveal.backbones.adapter import Backbone, Plan, build, load_backbone, normalise
-from foveal.core import cards, catalogue
+from foveal.core import catalogue
 from foveal.core.errors import BackboneError, UsageError
 from foveal.core.method import Adapt, Classifier, trainable
-from foveal.core.options import describe_options, options_to_dict, parse_options
 from foveal.core.preprocessing import Preprocessing
 from foveal.data.dataset import Dataset, Memory
 from foveal.data.worlds import garbage
@@ -34,8 +32,6 @@ from foveal.ship.export import export_onnx
 from foveal.train.loop import train
 
 SIZE, CLASSES, IMAGES = 64, 3, 18
-CAPABILITIES = Path(__file__).resolve().parents[2] / "docs" / "methods" / "capabilities.json"
-FAMILIES = ("cnn", "vit", "windowed", "hybrid")
 METHODS = catalogue.names("adapt")
 
 
@@ -101,11 +97,6 @@ def make(method: Adapt, base: Backbone, work: Path, stop_after: int | None = Non
     ).model  # fmt: skip
 
 
-def hooks(module: nn.Module) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(each, kind)) for each in module.modules() for kind in kinds)
-
-
 def rebuild(method: Adapt, family: str, weights: dict[str, Tensor]) -> Classifier:
     empty = backbone(family)
     if method.reads_features():
@@ -160,15 +151,6 @@ def test_contract(name: str, family: str, tmp_path: Path):
     as_documented(name, family, "works")
 
 
-def as_documented(name: str, family: str, found: str) -> None:
-    """What the battery found is what the docs say; with FOVEAL_WRITE_CAPABILITIES=1 (`make capabilities`), write it."""
-    known = json.loads(CAPABILITIES.read_text(encoding="utf-8")) if CAPABILITIES.exists() else {}
-    if os.environ.get("FOVEAL_WRITE_CAPABILITIES") == "1":
-        known.setdefault(name, {})[family] = found
-        CAPABILITIES.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    assert known.get(name, {}).get(family) == found, "docs/methods/capabilities.json is out of date: make capabilities"
-
-
 def check_gradients(method: Adapt, family: str) -> None:
     """Exactly what `trainable` names gets a gradient; frozen parts keep their batch-norm statistics."""
     model = method.attach(backbone(family), CLASSES)
@@ -211,40 +193,3 @@ def check_export(made: Classifier, preprocessing: Preprocessing, folder: Path) -
     probabilities, scores = session.run(None, {session.get_inputs()[0].name: batch})
     assert np.abs(probabilities - expected.numpy()).max() < 1e-4
     assert np.allclose(scores, unknown.numpy(), rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_options_round_trip(name: str):
-    method = catalogue.create(name)
-    assert parse_options(method.Options, options_to_dict(method.options), name) == method.options
-    rows = describe_options(method.Options)
-    assert len(rows) <= 10
-    assert all(row["help"] for row in rows)
-    with pytest.raises(UsageError, match="no-such-option: unknown"):
-        catalogue.create(f"{name}:no-such-option=1")
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_card_is_complete(name: str):
-    card = cards.read_card(name)
-    spec = catalogue.get(name).spec
-    assert card["name"] == name
-    assert card.get("arxiv", "") == (spec.arxiv or "")
-    assert card["year"] == spec.year
-    assert len(card["claim"]) > 40
-    assert card["expectation"]["checks"]
-    measured = card["measured"]
-    assert measured["seeds"] >= card["expectation"]["seeds"]
-    for item in measured["checks"]:
-        means = {key: value["mean"] for key, value in measured["values"].items()}
-        assert cards.holds(item["check"], means) == item["held"], "a verdict does not follow from its numbers"
-    assert [item["check"] for item in measured["checks"]] == card["expectation"]["checks"]
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_the_tiny_reproduction_runs(name: str):
-    from foveal.verbs.reproduce import reproduce
-
-    result = reproduce(name, tiny=True)
-    assert all(np.isfinite(value["mean"]) for value in result["values"].values())
-    assert {item["check"] for item in result["checks"]} == set(cards.read_card(name)["expectation"]["checks"])

@@ -214,12 +214,18 @@ class Attribution:
 
         Args:
             target: one class, or one for each image [B]; None: the class with the highest score.
+
+        Raises:
+            UsageError: neither one target nor as many as images.
         """
         if target is None:
             with torch.no_grad():
                 classes = self.model(inputs).argmax(1)
         else:
-            classes = torch.as_tensor(target, device=inputs.device).reshape(-1).expand(len(inputs))
+            classes = torch.as_tensor(target, device=inputs.device).reshape(-1)
+            if len(classes) not in (1, len(inputs)):
+                raise UsageError(f"{len(classes)} targets for {len(inputs)} images: expected one, or one for each")
+            classes = classes.expand(len(inputs))
         return self.method.explain(self.model, inputs, classes)[:, None].expand_as(inputs)
 
 

@@ -26,7 +26,8 @@ from foveal.data.images import seen_box, to_pixels
 from foveal.data.open import open_images
 from foveal.evaluate import explanation
 from foveal.evaluate.overlay import overlay
-from foveal.features.session import feature_session, pick_device
+from foveal.features.scorer import feature_scorer
+from foveal.features.session import pick_device
 from foveal.ship.answer import answer, unreadable
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def explained(
 ) -> Iterator[Explanation]:
     probabilities, unknown, errors = bundle.infer(dataset, device=device)
     open_model = open_model_of(bundle, device)
-    scorer = scorer_of(bundle, open_model, device)
+    scorer = scorer_of(bundle, device)
     model = open_model if method.spec.needs else scorer
     each = method.passes() + (explanation.passes(explanation.DRAWS + 3) if score else 0)
     done = 0
@@ -194,21 +195,15 @@ def open_model_of(bundle: Bundle, device: str) -> OpenModel:
     return OpenModel(model, bundle.preprocessing, answer=lambda images: model.classifier(images) / model.temperature)
 
 
-def scorer_of(bundle: Bundle, open_model: OpenModel, device: str) -> Scorer:
+def scorer_of(bundle: Bundle, device: str) -> Scorer:
     """The Bundle's probabilities by the fastest way: a feature session where the head reads plain features."""
     model = bundle.model
     classifier: Any = model.classifier
     if type(classifier) is not Classifier or not isinstance(classifier.backbone, Backbone):
         return OpenModel(model, bundle.preprocessing, answer=lambda images: model(images)[0])
-    session = feature_session(classifier.backbone, device=device, fractions=True)
-
-    @torch.inference_mode()
-    def score(images: Tensor) -> Tensor:
-        pixels = (images * 255).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        features = torch.from_numpy(session(pixels)).to(open_model.device)
-        return model.judge(features, classifier.head(features))[0]
-
-    return Scorer(score, bundle.preprocessing.mean, max(16, session.batch * session.threads))
+    return feature_scorer(
+        classifier.backbone, lambda features: model.judge(features, classifier.head(features))[0], device=device
+    )
 
 
 def squares(photo: Image.Image, preprocessing: Preprocessing) -> Tensor:

@@ -187,7 +187,7 @@ def test_bad_input_is_refused_with_what_to_do():
 
     with pytest.raises(UsageError, match=r"'head' answers \(3, 5\): expected maps"):
         explain("head")
-    with pytest.raises(BackboneError, match="no spatial extent .* choose an earlier layer"):
+    with pytest.raises(BackboneError, match=r"no spatial extent .* choose an earlier layer"):
         explain("pool")
     with pytest.raises(UsageError, match="no layer 'third': there are first, second, pool, head"):
         explain("third")

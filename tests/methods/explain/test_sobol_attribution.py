@@ -1,5 +1,7 @@
 """sobol-attribution: indices of functions whose indices are known, agreement with scipy, and invariances."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -171,8 +173,8 @@ def test_cells_are_whole_and_fade_to_the_neutral_colour():
     assert torch.allclose(shown[0], neutral), "the first point hides everything"
     strength = (shown - neutral) / (image[0] - neutral)
     edges = [0, 6, 11, 16]  # nearest enlargement of 3 cells to 16 pixels
-    for top, bottom in zip(edges, edges[1:], strict=False):
-        for left, right in zip(edges, edges[1:], strict=False):
+    for top, bottom in pairwise(edges):
+        for left, right in pairwise(edges):
             cell = strength[:, :, top:bottom, left:right].flatten(1)
             assert (cell - cell[:, :1]).abs().max() < 1e-3
 
