@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from serve import served
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 
@@ -229,6 +231,7 @@ PARTS: dict[str, Callable[[Path], list[str]]] = {
     "fits": fits,
     "memory": memory,
     "help": help_time,
+    "serve": served,
 }
 
 
