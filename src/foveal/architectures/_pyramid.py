@@ -26,13 +26,12 @@ class Stage(nn.Module):
         self.norm = nn.Identity() if norm is None else norm
         self.grad_checkpointing = False
 
+    def run(self, x: Tensor) -> Tensor:
+        """The blocks, one after the other; with `grad_checkpointing` each is run again for its gradients."""
+        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x)
-        if self.grad_checkpointing:
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return self.norm(x)
+        return self.norm(self.run(self.downsample(x)))
 
 
 class Pyramid(nn.Module):
@@ -79,19 +78,23 @@ class Pyramid(nn.Module):
             BackboneError: the size, and the nearest ones that work.
         """
 
-    def forward_stages(self, x: Tensor, count: int | None = None) -> list[Tensor]:
-        """Images -> the map after each of the first `count` stages."""
+    def run(self, x: Tensor, count: int | None = None) -> tuple[list[Tensor], Tensor]:
+        """Images -> the map after each of the first `count` stages, and what `norm` reads: the last of them."""
         self.check_input(int(x.shape[-2]), int(x.shape[-1]))
         x = self.stem(x)
         maps: list[Tensor] = []
         for stage in self.stages[:count]:
             x = stage(x)
             maps.append(x)
-        return maps
+        return maps, x
+
+    def as_map(self, final: Tensor, like: Tensor) -> Tensor:
+        """What `norm` made, as a map of the size of `like`; other than itself where it holds tokens."""
+        return final
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> the last stage's map [B, num_features, H / 32, W / 32], normalised."""
-        return self.norm(self.forward_stages(x)[-1])
+        return self.norm(self.run(x)[1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """What `forward_features` gave -> logits, or with `pre_logits` the vector that the classifier reads."""
@@ -113,9 +116,12 @@ class Pyramid(nn.Module):
         if output_fmt != "NCHW":
             raise BackboneError(f"output_fmt '{output_fmt}': feature maps of {type(self).__name__} are NCHW")
         taken, last = feature_take_indices(len(self.stages), indices)  # pyright: ignore[reportArgumentType]
-        maps = self.forward_stages(x, last + 1 if stop_early or intermediates_only else None)
-        final = self.norm(maps[-1]) if len(maps) == len(self.stages) and (norm or not intermediates_only) else maps[-1]
-        chosen = [final if norm and index == len(self.stages) - 1 else maps[index] for index in taken]
+        maps, final = self.run(x, last + 1 if stop_early or intermediates_only else None)
+        whole = len(maps) == len(self.stages)
+        if whole and (norm or not intermediates_only):
+            final = self.norm(final)
+        top = len(self.stages) - 1 if norm else -1
+        chosen = [self.as_map(final, maps[index]) if index == top else maps[index] for index in taken]
         return chosen if intermediates_only else (final, chosen)
 
     def prune_intermediate_layers(

@@ -57,25 +57,46 @@ def small_net(arch: str, seed: int, *, size: int, **args: Any) -> Backbone:
     return Backbone(replace(plan, width=int(described.head_hidden_size)), build(plan))
 
 
+def with_noise(dataset: Dataset, amount: float, seed: int) -> Dataset:
+    """Every image with Gaussian noise of a standard deviation of `amount` times the brightness range."""
+    rng = generator(seed, "noise")
+    images: list[bytes] = []
+    for index in range(len(dataset)):
+        pixels = np.asarray(dataset.image(index), np.float32)
+        noised = (pixels + rng.normal(0, 255 * amount, pixels.shape)).clip(0, 255).round().astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noised).save(file, "PNG")
+        images.append(file.getvalue())
+    return replace(dataset, source=Memory(images))
+
+
 def race(
-    nets: Mapping[str, Backbone], method: Adapt, dataset: Dataset, seed: int, *, train: int, test: int
+    nets: Mapping[str, Backbone], method: Adapt, dataset: Dataset, seed: int, *, train: int, test: int, noise: float = 0
 ) -> dict[str, float]:
     """Train each net on the same images for the same epochs and test it on the same others.
 
     Args:
         train: images of each class to learn from.
         test: how many of the rest to test on, at most; drawn once per seed.
+        noise: above 0, also test on the same images with that much noise (see `with_noise`).
 
     Returns:
-        `NAME.balanced_accuracy`, `NAME.params` (of the net and its classifier) and `NAME.seconds_per_step` of each.
+        `NAME.balanced_accuracy`, `NAME.params` (of the net and its classifier) and `NAME.seconds_per_step` of each,
+        and `NAME.noisy_balanced_accuracy` if `noise`.
     """
     size = next(iter(nets.values())).preprocessing.size
     rows, rest = few_and_rest(dataset.labels, train, seed)
     rest = np.sort(generator(seed, "race").permutation(rest)[:test])
     chosen = shrunk(dataset, np.concatenate([rows, rest]), size)
+    tested = np.arange(len(rows), len(chosen))
+    noised = with_noise(chosen, noise, seed) if noise else chosen
     values: dict[str, float] = {}
     for name, net in nets.items():
-        outcome = measure(method, net, chosen, np.arange(len(rows)), np.arange(len(rows), len(chosen)), seed)
+        outcome = measure(method, net, chosen, np.arange(len(rows)), tested, seed)
+        if noise:
+            logits, _ = predict_logits(outcome.model, noised, tested, net.preprocessing, device="cpu")
+            score = balanced_accuracy(logits, torch.from_numpy(chosen.labels[tested]))
+            values[f"{name}.noisy_balanced_accuracy"] = score
         values[f"{name}.balanced_accuracy"] = outcome.balanced_accuracy
         values[f"{name}.params"] = outcome.trained_params
         values[f"{name}.seconds_per_step"] = outcome.seconds_per_step
