@@ -15,10 +15,18 @@ from typing import Any, get_args, get_origin
 from foveal import VERBS
 from foveal.cli.main import parameter_types
 from foveal.core import cards, catalogue
+from foveal.core.method import Spec
 from foveal.core.options import describe_options
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 FAMILIES = ("cnn", "vit", "windowed", "hybrid")
+COMMANDS = {"adapt": "foveal fit DATA", "explain": "foveal explain BUNDLE IMAGES"}
+WORKS = {
+    "adapt": "the same seed gives the same model; saved, loaded, resumed and exported to ONNX, it answers the same",
+    "explain": "the same seed gives the same map, whatever other images come with it, in memory that does not grow "
+    "with their number; nothing is left on the model, also after a crash",
+}
+"""Of each family: the command that takes `--method`, and what its contract battery means by *works*."""
 CAPABILITIES: dict[str, dict[str, str]] = json.loads(
     (DOCS / "methods" / "capabilities.json").read_text(encoding="utf-8")
 )
@@ -39,12 +47,11 @@ def method_page(name: str) -> str:
     paper = f"[arXiv {spec.arxiv}](https://arxiv.org/abs/{spec.arxiv}), " if spec.arxiv else ""
     parts = [
         f"# {name}",
-        f"{spec.title} ({paper}{spec.year}). Family {spec.family}; needs {', '.join(sorted(spec.needs))}; "
-        f"{', '.join(spec.tasks)}.",
+        f"{spec.title} ({paper}{spec.year}). Family {spec.family}; needs {needs(spec)}; {', '.join(spec.tasks)}.",
         inspect.getdoc(sys.modules[cls.__module__]) or "",
         "## Options",
         table(describe_options(cls.Options), ["name", "type", "default", "range", "help"]),
-        f"On the command line: `foveal fit DATA --method {name}`, options as `{name}:key=value,key=value`.",
+        f"On the command line: `{COMMANDS[spec.family]} --method {name}`, options as `{name}:key=value,key=value`.",
         "## Evidence",
         f"Claim: {card['claim']}",
         measurement(card),
@@ -73,31 +80,38 @@ def measurement(card: dict[str, Any]) -> str:
     )
 
 
+def needs(spec: Spec) -> str:
+    return ", ".join(sorted(spec.needs)) or "scores only"
+
+
 def index_page() -> str:
-    rows: list[dict[str, Any]] = []
-    for name in catalogue.families():
-        spec = catalogue.get(name).spec
-        checks = cards.read_card(name).get("measured", {}).get("checks", [])
-        rows.append(
-            {
-                "method": f"[{name}]({name}.md)",
-                "family": spec.family,
-                "title": spec.title,
-                "needs": ", ".join(sorted(spec.needs)),
-                "tasks": ", ".join(spec.tasks),
-                **{family: CAPABILITIES.get(name, {}).get(family, "unknown") for family in FAMILIES},
-                "expectations held": f"{sum(check['held'] for check in checks)} of {len(checks)}"
-                if checks
-                else "unknown",
-            }
-        )
-    columns = ["method", "family", "title", "needs", "tasks", *FAMILIES, "expectations held"]
-    legend = (
-        "cnn, vit, windowed, hybrid: what the contract battery found on a small backbone of that kind. *works*: the "
-        "same seed gives the same model; saved, loaded, resumed and exported to ONNX, it answers the same. *refuses*: "
-        "with a message that says why."
+    specs = {name: catalogue.get(name).spec for name in catalogue.families()}
+    parts = ["# Methods"]
+    for family in sorted({spec.family for spec in specs.values()}):
+        rows = [index_row(name, spec) for name, spec in specs.items() if spec.family == family]
+        parts += [
+            f"## {family}",
+            f"`{COMMANDS[family]} --method NAME`",
+            table(rows, list(rows[0])),
+            f"*works*: {WORKS[family]}.",
+        ]
+    parts.append(
+        "cnn, vit, windowed, hybrid: what the contract battery found on a small backbone of that kind. *refuses*: with "
+        "a message that says why."
     )
-    return f"# Methods\n\n{table(rows, columns)}\n\n{legend}\n"
+    return "\n\n".join(parts) + "\n"
+
+
+def index_row(name: str, spec: Spec) -> dict[str, Any]:
+    checks = cards.read_card(name).get("measured", {}).get("checks", [])
+    return {
+        "method": f"[{name}]({name}.md)",
+        "title": spec.title,
+        "needs": needs(spec),
+        "tasks": ", ".join(spec.tasks),
+        **{kind: CAPABILITIES.get(name, {}).get(kind, "unknown") for kind in FAMILIES},
+        "expectations held": f"{sum(check['held'] for check in checks)} of {len(checks)}" if checks else "unknown",
+    }
 
 
 def verbs_page() -> str:
