@@ -43,6 +43,7 @@ QUIRKS: dict[str, Quirk] = {
     "T2TViT": PLAIN,
     # a bias or rotation for every pair of positions is fixed inside attention: its token set cannot change
     "VisionTransformerRelPos": POSITION_IN_ATTENTION,
+    "OrchidViT": POSITION_IN_ATTENTION,
     "Beit": POSITION_IN_ATTENTION,
     "Eva": POSITION_IN_ATTENTION,
     "Cait": POSITION_IN_ATTENTION,
