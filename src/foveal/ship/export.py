@@ -102,9 +102,9 @@ def write_graph(
         except Exception as error:  # the exporter raises many kinds, most of them from inside a model's own code
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise FovealError(f"this model cannot be expressed in ONNX ({reason}): use the Bundle itself") from error
-        graph = onnx.compose.merge_models(
-            front(preprocessing, onnx.load(inner).ir_version, OPSET), onnx.load(inner), [("squares", "squares")]
-        )
+        body = onnx.load(inner)
+        pad_inside(body, example.numpy())
+        graph = onnx.compose.merge_models(front(preprocessing, body.ir_version, OPSET), body, [("squares", "squares")])
     onnx.helper.set_model_props(
         graph,
         {
@@ -117,6 +117,62 @@ def write_graph(
     graph.producer_name = "foveal"
     onnx.checker.check_model(graph)
     onnx.save(graph, path)
+
+
+def pad_inside(model: Any, squares: np.ndarray) -> None:
+    """Move padding by zeros into the convolutions that read it, in place.
+
+    Backbones that pad to the size of the image leave nodes that compute by how much on every call, and a padding that
+    keeps an engine from joining the layers around it. The size of a square is known, so that much is measured here.
+
+    Args:
+        squares: two of them, uint8 [2, 3, S, S]; what differs between one and both is left in the graph.
+    """
+    import onnxruntime
+    from onnx import helper
+
+    graph = model.graph
+    readers = {node.output[0]: [] for node in graph.node if node.op_type == "Pad"}
+    for node in graph.node:
+        for name in set(node.input) & readers.keys():
+            readers[name].append(node)
+    pads = [node for node in graph.node if node.op_type == "Pad" and convolutions(node, readers[node.output[0]])]
+    if not pads:
+        return
+    names = list(dict.fromkeys(name for node in pads for name in node.input[1:3] if name))
+    asked = copy.deepcopy(model)
+    asked.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
+    session = onnxruntime.InferenceSession(asked.SerializeToString(), providers=["CPUExecutionProvider"])
+    one, both = (cast("list[np.ndarray]", session.run(names, {"squares": squares[:count]})) for count in (1, 2))
+    known = {name: a.ravel() for name, a, b in zip(names, one, both, strict=True) if np.array_equal(a, b)}
+    for pad in pads:
+        by, fill = known.get(pad.input[1]), known.get(pad.input[2]) if pad.input[2:] and pad.input[2] else np.zeros(1)
+        if by is None or fill is None or fill.any() or len(by) != 8 or by.min() < 0 or by[[0, 1, 4, 5]].any():
+            continue
+        for node in readers[pad.output[0]]:
+            own = next((attribute for attribute in node.attribute if attribute.name == "pads"), None)
+            before = list(own.ints) if own else [0, 0, 0, 0]
+            if own:
+                node.attribute.remove(own)
+            wanted = [int(a + b) for a, b in zip(before, by[[2, 3, 6, 7]], strict=True)]
+            node.attribute.append(helper.make_attribute("pads", wanted))
+            node.input[0] = pad.input[0]
+    needed = {output.name for output in graph.output}
+    kept: list[Any] = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            kept.append(node)
+            needed.update(node.input)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))
+
+
+def convolutions(pad: Any, readers: Sequence[Any]) -> bool:
+    """Whether a padding is constant and all who read it are convolutions that say how they pad."""
+    mode = next((attribute.s for attribute in pad.attribute if attribute.name == "mode"), b"constant")
+    plain = mode == b"constant" and not pad.input[3:]
+    automatic = any(a.name == "auto_pad" and a.s != b"NOTSET" for node in readers for a in node.attribute)
+    return plain and not automatic and all(n.op_type == "Conv" and n.input[0] == pad.output[0] for n in readers)
 
 
 def compare(

@@ -157,15 +157,21 @@ def with_onnxruntime(model: bytes, threads: int, precision: str) -> tuple[Run, s
     """A session that runs a call in the calling thread and `threads` - 1 others."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, session_options(threads), providers=["CPUExecutionProvider"])
 
     def run(squares: NDArray[np.uint8]) -> Answers:
         return cast(Answers, tuple(session.run(["probabilities", "unknown_score"], {"squares": squares})))
 
     return run, f"onnxruntime {onnxruntime.__version__}"
+
+
+def session_options(threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return options
 
 
 def with_openvino(model: bytes, threads: int, precision: str) -> tuple[Run, str]:

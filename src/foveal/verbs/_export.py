@@ -9,15 +9,26 @@ import numpy as np
 from PIL import Image
 
 from foveal.core.bundle import write_json
-from foveal.core.errors import DataError, UsageError
+from foveal.core.errors import DataError, FovealError, UsageError
 from foveal.core.folders import atomic_file
 from foveal.core.progress import Progress
+from foveal.data.dataset import Dataset
+from foveal.data.images import to_pixels
 from foveal.data.open import open_dataset, open_images
+from foveal.data.split import make_split
+from foveal.data.worlds import garbage
+from foveal.features.session import cpu_threads
 from foveal.ship.bundle import Bundle, load
 from foveal.ship.export import export_onnx
 from foveal.ship.hub import own_copy
+from foveal.ship.quantize import quantize
+from foveal.ship.variants import HeldOut, compare_variants, why_no_int8
+from foveal.verbs._prepare import manifest_data, prepare
 
 CHECKED = 16
+CALIBRATING = 128
+HELD_OUT = 1000
+GARBAGE = 64
 
 
 def export_bundle(path: Path, images: Path | None, progress: Progress) -> dict[str, Any]:
@@ -42,8 +53,118 @@ def export_bundle(path: Path, images: Path | None, progress: Progress) -> dict[s
     record["path"] = str(target)
     with atomic_file(bundle.path / "cost.json") as staging:
         write_json(staging, {**bundle.cost, "onnx": {key: value for key, value in record.items() if key != "path"}})
+    (bundle.path / "model.int8.onnx").unlink(missing_ok=True)  # of another export; cost.json speaks of this one
     progress.say(f"{target}: {target.stat().st_size / 2**20:.1f} MiB")
     return record
+
+
+def shrink_export(path: Path, data: str | None, max_drop: float, require: bool, progress: Progress) -> dict[str, Any]:
+    """Make an exported Bundle's int8 model, compare all variants, keep what is accepted and record everything.
+
+    Returns:
+        What cost.json's `onnx` gains: variants, chosen, calibrated_on, judged_on, calibration.
+
+    Raises:
+        UsageError: no labelled images of the Bundle's classes.
+        FovealError: `require`, and no int8 variant was accepted; the record is written, model.onnx stays.
+    """
+    bundle = load(path)
+    squares, calibrated_on, held_out, judged_on = labelled_images(bundle, data, progress)
+    target, threads = path / "model.int8.onnx", cpu_threads()
+    files = {"model.onnx": path / "model.onnx"}
+    with atomic_file(target) as staging:
+        progress.say(f"int8: calibrating on {calibrated_on}")
+        calibration = quantize(files["model.onnx"], staging, squares, threads)
+        rows, chosen = compare_variants(
+            {**files, target.name: staging}, held_out, max_drop=max_drop, threads=threads, say=progress.say
+        )
+    refusal = why_no_int8(rows)
+    if refusal:
+        target.unlink()
+    found = {
+        "variants": rows,
+        "chosen": chosen,
+        "calibrated_on": calibrated_on,
+        "judged_on": judged_on,
+        "calibration": calibration,
+    }
+    with atomic_file(path / "cost.json") as staging:
+        write_json(staging, {**bundle.cost, "onnx": {**bundle.cost["onnx"], **found}})
+    if refusal and require:
+        raise FovealError(f"no int8 variant of {path} was accepted, model.onnx stays as it was: {refusal}")
+    return found
+
+
+def labelled_images(bundle: Bundle, data: str | None, progress: Progress) -> tuple[list[np.ndarray], str, HeldOut, str]:
+    """Squares to calibrate on and what they are; labelled squares to judge on and what they are.
+
+    The Bundle's own data are split as at its fit, so that what judges was neither trained on nor calibrates.
+
+    Raises:
+        UsageError: the Bundle's data are gone or have changed, or `data` do not fit it.
+    """
+    manifest = bundle.manifest
+    if data is None:
+        source = manifest["data"]["source"]
+        try:
+            prepared = prepare(source, manifest["request"]["backbone"], offline=True, progress=progress)
+            splits = prepared.splits(manifest["seed"])
+            same = manifest_data(prepared, splits)["fingerprint"] == manifest["data"]["fingerprint"]
+        except Exception as error:
+            raise UsageError(
+                f"the images that {bundle.path} was fitted on are not here any more ({error}): "
+                "name labelled images with --data, to calibrate and judge int8 on"
+            ) from None
+        if not same:
+            raise UsageError(
+                f"{source} is not what {bundle.path} was fitted on (images or labels have changed): "
+                "name labelled images that it was not trained on with --data"
+            )
+        dataset, whose = prepared.dataset, f"{manifest['data']['name']}, which the fit did not see"
+    else:
+        dataset = open_dataset(data)
+        given = dataset.splits
+        splits = (
+            make_split(dataset.labels, np.arange(len(dataset)), manifest["seed"], classes=dataset.classes)
+            if given is None or not {"train", "test"} <= set(given.tolist())
+            else given
+        )
+        whose = f"{dataset.name}, given with --data"
+    if dataset.task != bundle.task or not set(dataset.classes) <= set(bundle.classes):
+        raise UsageError(
+            f"{dataset.name} is {dataset.task} with classes {', '.join(dataset.classes)}; {bundle.path} is "
+            f"{bundle.task} with {', '.join(bundle.classes)}: use data of its task and classes"
+        )
+    calibrating, _ = squares_of(bundle, dataset, np.flatnonzero(splits == "train"), CALIBRATING)
+    squares, rows = squares_of(bundle, dataset, np.flatnonzero(splits == "test"), HELD_OUT)
+    if not calibrating or not squares:
+        raise UsageError(f"{dataset.name} has no readable images to calibrate or to judge on: name others with --data")
+    place = np.array([bundle.classes.index(name) for name in dataset.classes])
+    if bundle.task == "single-label":
+        labels = place[dataset.labels[rows]]
+    else:
+        labels = np.zeros((len(rows), len(bundle.classes)), np.uint8)
+        labels[:, place] = dataset.labels[rows]
+    held_out = HeldOut(np.stack(squares), labels, garbage(GARBAGE, bundle.preprocessing.size, 0))
+    return (
+        calibrating,
+        f"{len(calibrating)} training images of {dataset.name}",
+        held_out,
+        f"{len(squares)} test images of {whose}",
+    )
+
+
+def squares_of(bundle: Bundle, dataset: Dataset, rows: np.ndarray, most: int) -> tuple[list[np.ndarray], list[int]]:
+    """Up to `most` of these images, spread evenly, as squares; and their rows. Damaged ones are left out."""
+    squares: list[np.ndarray] = []
+    kept: list[int] = []
+    for row in rows[np.linspace(0, len(rows) - 1, min(most, len(rows))).astype(int)].tolist():
+        try:
+            squares.append(to_pixels(dataset.image(row), bundle.preprocessing))
+        except DataError:
+            continue
+        kept.append(row)
+    return squares, kept
 
 
 def parity_images(bundle: Bundle, images: Path | None) -> list[Image.Image]:
