@@ -28,14 +28,15 @@ lint: setup
 	$(BIN)/pyright
 
 capabilities: setup
-	FOVEAL_WRITE_CAPABILITIES=1 $(BIN)/python -m pytest tests/contract -k test_contract
+	FOVEAL_WRITE_CAPABILITIES=1 $(BIN)/python -m pytest tests/contract tests/architectures/test_contract.py -k "test_contract"
 	$(BIN)/python scripts/make_docs.py
 
 docs: setup
 	$(BIN)/python scripts/make_docs.py
+	$(BIN)/mkdocs build --strict --quiet
 
 benchmarks: setup
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist site

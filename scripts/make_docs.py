@@ -1,4 +1,5 @@
-"""Write docs/methods/ from each method's docstring, Options and card, and docs/verbs.md from the verbs.
+"""Write docs/methods/ and docs/architectures/ from docstrings, Options and cards, docs/choose.md from the measured
+cards, and docs/verbs.md from the verbs.
 
 `--check` writes nothing and exits with 1 when a page is out of date.
 """
@@ -12,13 +13,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+import decision
+
 from foveal import VERBS
 from foveal.cli.main import parameter_types
 from foveal.core import cards, catalogue
 from foveal.core.method import Spec
 from foveal.core.options import describe_options
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 FAMILIES = ("cnn", "vit", "windowed", "hybrid")
 COMMANDS = {"adapt": "foveal fit DATA", "explain": "foveal explain BUNDLE IMAGES"}
 WORKS = {
@@ -29,6 +33,9 @@ WORKS = {
 """Of each family: the command that takes `--method`, and what its contract battery means by *works*."""
 CAPABILITIES: dict[str, dict[str, str]] = json.loads(
     (DOCS / "methods" / "capabilities.json").read_text(encoding="utf-8")
+)
+ARCHITECTURES: dict[str, dict[str, str]] = json.loads(
+    (DOCS / "architectures" / "capabilities.json").read_text(encoding="utf-8")
 )
 
 
@@ -133,20 +140,127 @@ def verbs_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def architecture_files() -> list[Path]:
+    return sorted((catalogue.PACKAGE / "architectures").glob("[!_]*.py"))
+
+
+def card_or_none(name: str) -> dict[str, Any] | None:
+    return cards.read_card(name) if cards.card_path(name).exists() else None
+
+
+def architecture_page(file: Path) -> str:
+    """One file of foveal.architectures: its docstring, its variants, what the battery found, and its card."""
+    name = file.stem.replace("_", "-")
+    module = import_module(f"foveal.architectures.{file.stem}")
+    card = card_or_none(name)
+    parts = [f"# {name}"]
+    if card:
+        paper = f"[arXiv {card['arxiv']}](https://arxiv.org/abs/{card['arxiv']}), " if card.get("arxiv") else ""
+        parts.append(f"{card['title']} ({paper}{card['year']}).")
+    parts += [
+        inspect.getdoc(module) or "",
+        "`import foveal.architectures` registers it with timm; foveal's own verbs do so by themselves: "
+        "`--backbone NAME`.",
+    ]
+    variants = (card or {}).get("variants", {})
+    if variants:
+        keys = list(dict.fromkeys(key for row in variants.values() for key in row))
+        rows = [{"variant": f"`{variant}`", **{key: row.get(key) for key in keys}} for variant, row in variants.items()]
+        parts += ["## Variants", table(rows, ["variant", *keys])]
+    if found := ARCHITECTURES.get(file.stem):
+        rows = [{"what": key, "found": value} for key, value in found.items()]
+        parts += ["## What the contract battery found", table(rows, ["what", "found"])]
+    if card:
+        parts += ["## Evidence", f"Claim: {card['claim']}", measurement(card)]
+    return "\n\n".join(parts) + "\n"
+
+
+def architectures_index() -> str:
+    rows: list[dict[str, Any]] = []
+    for file in architecture_files():
+        name = file.stem.replace("_", "-")
+        card = card_or_none(name) or {}
+        checks = card.get("measured", {}).get("checks", [])
+        rows.append(
+            {
+                "architecture": f"[{name}]({name}.md)",
+                "title": card.get("title", ""),
+                "variants": len(card.get("variants", {})) or None,
+                **{key: ARCHITECTURES.get(file.stem, {}).get(key, "unknown") for key in ("family", "onnx", "compile")},
+                "expectations held": f"{sum(check['held'] for check in checks)} of {len(checks)}"
+                if checks
+                else "unknown",
+            }
+        )
+    columns = ["architecture", "title", "variants", "family", "onnx", "compile", "expectations held"]
+    about = (
+        "Backbones of papers that timm lacks. Every timm model is a backbone too; `foveal backbones` lists all. "
+        "onnx, compile: what the contract battery found on a small one."
+    )
+    return f"# Architectures\n\n{about}\n\n{table(rows, columns)}\n\n{variants_table()}\n"
+
+
+def variants_table() -> str:
+    """Every registered variant: what is built, which the tests hold to the unit, beside what its paper prints."""
+    rows: list[dict[str, Any]] = []
+    for file in architecture_files():
+        card = card_or_none(file.stem.replace("_", "-")) or {}
+        battery = ARCHITECTURES.get(file.stem, {})
+        for variant, of in {**card.get("variants", {}), **card.get("video_variants", {})}.items():
+            rows.append(
+                {
+                    "variant": f"`{variant}`",
+                    "parameters": f"{of['parameters']:,}",
+                    "published": of.get("published"),
+                    "GMACs": of.get("gmacs"),
+                    "published GMACs": of.get("published_gmacs"),
+                    "strides of the maps": battery.get("strides", "unknown"),
+                }
+            )
+    about = (
+        "Parameters with 1000 classes (video: 400), as built and tested to the unit; the counts that UniRepLKNet's "
+        "paper prints are of its merged form. GMACs at the variant's own image size, Fourier transforms left out. An "
+        "empty cell: not published."
+    )
+    columns = ["variant", "parameters", "published", "GMACs", "published GMACs", "strides of the maps"]
+    return f"## Variants\n\n{about}\n\n{table(rows, columns)}"
+
+
+def choose_page() -> str:
+    adapt = [name for name, family in catalogue.families().items() if family == "adapt"]
+    return decision.page(
+        {name: catalogue.get(name).spec for name in adapt},
+        {name: cards.read_card(name) for name in adapt},
+        decision.settings_of(ROOT / "reproductions" / "adapt"),
+        CAPABILITIES,
+    )
+
+
 def pages() -> dict[Path, str]:
     made = {DOCS / "methods" / f"{name}.md": method_page(name) for name in catalogue.families()}
-    return {**made, DOCS / "methods" / "index.md": index_page(), DOCS / "verbs.md": verbs_page()}
+    made |= {
+        DOCS / "architectures" / f"{file.stem.replace('_', '-')}.md": architecture_page(file)
+        for file in architecture_files()
+    }
+    return {
+        **made,
+        DOCS / "methods" / "index.md": index_page(),
+        DOCS / "architectures" / "index.md": architectures_index(),
+        DOCS / "choose.md": choose_page(),
+        DOCS / "verbs.md": verbs_page(),
+    }
 
 
 def main() -> None:
-    stale = [path for path, content in pages().items() if not path.exists() or path.read_text() != content]
+    made = pages()
+    stale = [path for path, content in made.items() if not path.exists() or path.read_text("utf-8") != content]
     if "--check" in sys.argv:
         for path in stale:
             print(f"{path.relative_to(DOCS.parent)} is out of date: make docs")
         sys.exit(bool(stale))
     for path in stale:
         path.parent.mkdir(exist_ok=True)
-        path.write_text(pages()[path])
+        path.write_text(made[path], encoding="utf-8")
         print(f"wrote {path.relative_to(DOCS.parent)}")
 
 
