@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from foveal.verbs.backbones import backbones
     from foveal.verbs.check import check
     from foveal.verbs.compare import compare
+    from foveal.verbs.embed import embed
     from foveal.verbs.evaluate import evaluate
     from foveal.verbs.explain import explain
     from foveal.verbs.export import export
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 VERBS = (
     "fit",
     "compare",
+    "embed",
     "predict",
     "evaluate",
     "explain",
@@ -46,6 +48,7 @@ __all__ = [
     "backbones",
     "check",
     "compare",
+    "embed",
     "evaluate",
     "explain",
     "export",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from foveal.core.progress import Progress
 from foveal.verbs._results import Result, table
@@ -18,11 +19,9 @@ from foveal.verbs.fit import (
     WeightsOption,
 )
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from foveal.verbs._adapt import Adapted
-    from foveal.verbs._prepare import Prepared
+RayOption = Annotated[
+    str | None, "Work on a Ray cluster: local (this machine's processors), auto, HOST:PORT or ray://HOST:PORT."
+]
 
 
 def compare(
@@ -39,12 +38,13 @@ def compare(
     class_weights: WeightsOption = "auto",
     offline: OfflineOption = False,
     device: DeviceOption = "auto",
+    ray: RayOption = None,
     progress: Progress | None = None,
 ) -> Result:
     """Measure methods side by side on held-out images, beside two reference rows.
 
     A method that cannot work on the backbone is named and left out. Writes comparison.json, comparison.csv and
-    comparison.html. Stopped or killed, the same command goes on.
+    comparison.html. Stopped or killed, the same command goes on, with or without --ray.
 
     Example: foveal compare sample:digits --methods linear,gda-clip --seeds 2
     """
@@ -53,11 +53,12 @@ def compare(
 
     from foveal.core.errors import BackboneError, UsageError
     from foveal.core.folders import claim
-    from foveal.verbs._adapt import FrozenRows, adapt, check_suits, choose
+    from foveal.verbs._adapt import check_suits, choose
     from foveal.verbs._compared import Ledger, check_out, write_tables
     from foveal.verbs._prepare import check_choices, parse_budget, prepare
     from foveal.verbs._race import frozen_methods
     from foveal.verbs._reference import reference_probabilities
+    from foveal.verbs._trials import Terms, one_by_one, reference_row
     from foveal.verbs.fit import default_out
 
     progress = progress or Progress()
@@ -71,46 +72,49 @@ def compare(
             choose(choice)
     out = Path(out) if out else default_out(data, "compare")
     check_out(out)
-    started = time.perf_counter()
-    prepared = prepare(data, backbone, offline=offline, device=device, progress=progress)
-    reading = time.perf_counter() - started
-    names: list[str] = []
-    for choice in choices:
-        names += frozen_methods(prepared.dataset.task) if choice == "frozen" else [choice]
-    chosen = {name: check_suits(choose(name), prepared) for name in dict.fromkeys(names)}
+    with reached(ray) as cluster:
+        started = time.perf_counter()
+        prepared = prepare(data, backbone, offline=offline, device=device, progress=progress)
+        reading = time.perf_counter() - started
+        names: list[str] = []
+        for choice in choices:
+            names += frozen_methods(prepared.dataset.task) if choice == "frozen" else [choice]
+        chosen = {name: check_suits(choose(name), prepared) for name in dict.fromkeys(names)}
 
-    request = {"data": str(data), "backbone": backbone, "class_weights": class_weights, "budget": budget}
-    work = out.with_name(out.name + ".work")
-    _held = claim(work)
-    ledger = Ledger(work, request)
-    refused: dict[str, BackboneError] = {}
-    for run in range(seed, seed + seeds):
-        wanted = [name for name in chosen if name not in refused and not ledger.has(name, run)]
-        if not wanted and ledger.has("majority", run):
-            continue
-        splits = prepared.splits(run)
-        frozen = any(chosen[name].reads_features() for name in wanted)
-        rows = FrozenRows(prepared, splits, run, class_weights) if frozen else None
-        for name in wanted:
-            progress.say(f"seed {run}: {name}")
-            work = ledger.folder / f"{name.replace(':', '-')}-{run}"
-            try:
-                adapted = adapt(
-                    chosen[name], prepared, splits, rows, run, class_weights,
-                    device=device, work=work, budget=limit, progress=progress,
-                )  # fmt: skip
-            except BackboneError as refusal:
-                refused[name] = refusal
-                progress.say(f"{name} is left out: {refusal}")
-                continue
-            ledger.add(row(name, run, adapted, prepared, device))
-        labels = prepared.dataset.labels[splits == "test"]
-        for name, probabilities in reference_probabilities(prepared, splits, run, class_weights).items():
-            ledger.add(reference_row(name, run, probabilities, labels, prepared))
-    measured = [name for name in chosen if name not in refused]
-    if not measured:
+        request = {"data": str(data), "backbone": backbone, "class_weights": class_weights, "budget": budget}
+        work = out.with_name(out.name + ".work")
+        _held = claim(work)
+        ledger = Ledger(work, request)
+        runs = range(seed, seed + seeds)
+        trials = [(name, run) for run in runs for name in chosen if not ledger.has(name, run)]
+        terms = Terms(class_weights, device, limit, ledger.folder.absolute())
+        if cluster is None:
+            outcomes = one_by_one(prepared, trials, terms, progress)
+        else:
+            from foveal.verbs._ray import Shipped, on_ray
+
+            frozen = any(chosen[name].reads_features() for name, _ in trials)
+            shipped = Shipped.of(prepared, data, features=frozen, offline=offline)
+            splits = {run: prepared.splits(run) for run in dict.fromkeys(run for _, run in trials)}
+            outcomes = on_ray(cluster, shipped, splits, trials, terms, progress)
+        refused: dict[str, BackboneError] = {}
+        for name, _, outcome in outcomes:
+            if not isinstance(outcome, BackboneError):
+                ledger.add(outcome)
+            elif name not in refused:
+                refused[name] = outcome
+                progress.say(f"{name} is left out: {outcome}")
+    kept = [name for name in chosen if name not in refused]
+    if not kept:
         raise next(iter(refused.values()))
-    table_rows = ledger.rows([*measured, "majority", "brightness"], range(seed, seed + seeds))
+    for run in runs:
+        if ledger.has("brightness", run):
+            continue
+        splits_of_run = prepared.splits(run)
+        labels = prepared.dataset.labels[splits_of_run == "test"]
+        for name, probabilities in reference_probabilities(prepared, splits_of_run, run, class_weights).items():
+            ledger.add(reference_row(name, run, probabilities, labels, prepared))
+    table_rows = ledger.rows([*kept, "majority", "brightness"], runs)
     content = {
         "data": prepared.dataset.name,
         "backbone": prepared.backbone.name,
@@ -122,6 +126,15 @@ def compare(
     write_tables(out, content)
     shutil.rmtree(ledger.folder, ignore_errors=True)
     return Result(table_rows, lambda found: f"{text(found)}\n{out}/comparison.html")
+
+
+def reached(address: str | None) -> AbstractContextManager[Any]:
+    """The Ray cluster at an address, connected; None without one."""
+    if address is None:
+        return nullcontext()
+    from foveal.verbs._ray import cluster
+
+    return cluster(address)
 
 
 def split_methods(text: str) -> list[str]:
@@ -141,32 +154,6 @@ def split_methods(text: str) -> list[str]:
     if not choices:
         raise UsageError("--methods is empty: name at least one method, or 'frozen'")
     return choices
-
-
-def row(name: str, seed: int, adapted: Adapted, prepared: Prepared, device: str) -> dict[str, Any]:
-    from foveal.verbs._adapt import points
-    from foveal.verbs._compared import images_per_second
-
-    probabilities = adapted.probabilities(adapted.test, prepared.dataset.task)
-    return {
-        "method": name,
-        "seed": seed,
-        "split": "test",
-        **points(probabilities, adapted.test.labels.numpy(), prepared),
-        "seconds": round(adapted.seconds, 3),
-        "trained_params": adapted.trained_params,
-        "total_params": adapted.total_params,
-        "images_per_second": images_per_second(adapted, prepared, device),
-    }
-
-
-def reference_row(
-    name: str, seed: int, probabilities: np.ndarray, labels: np.ndarray, prepared: Prepared
-) -> dict[str, Any]:
-    from foveal.verbs._adapt import points
-
-    cost = dict.fromkeys(("seconds", "trained_params", "total_params", "images_per_second"))
-    return {"method": name, "seed": seed, "split": "test", **points(probabilities, labels, prepared), **cost}
 
 
 def text(rows: list[dict[str, Any]]) -> str:
