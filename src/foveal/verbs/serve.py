@@ -13,7 +13,7 @@ from foveal.verbs._results import Result
 
 
 def serve(
-    bundle: Annotated[Path, "Bundle folder made by `foveal fit`."],
+    bundle: Annotated[Path, "Bundle folder made by `foveal fit`, or hub:owner/name."],
     *,
     port: Annotated[int, "Port to listen on; 0 for any that is free."] = 8000,
     host: Annotated[str, "Address to listen on; 0.0.0.0 for all of this machine's."] = "127.0.0.1",
@@ -51,6 +51,10 @@ def serve(
     limits = Limits(max_body_mb, max_megapixels, max_images, max_requests, queue, body_seconds, request_seconds)
     token = token or os.environ.get("FOVEAL_TOKEN") or None
     threads = threads if threads is not None else max(1, cpu_threads() // workers)
+    if bundle.as_posix().startswith("hub:"):
+        from foveal.ship.hub import own_copy
+
+        bundle = own_copy(bundle, progress)
     settings = Settings(bundle, threads, batch, wait_ms, page, token, limits)
     open_bundle(bundle)
     with bind(host, port) as listener:

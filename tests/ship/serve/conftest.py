@@ -27,12 +27,13 @@ class Server:
     process: subprocess.Popen[str]
     url: str
     port: int
+    client: httpx.Client
 
     def get(self, path: str, **given: object) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60, **given)  # type: ignore[arg-type]
+        return self.client.get(self.url + path, **given)  # type: ignore[arg-type]
 
     def post(self, path: str, **given: object) -> httpx.Response:
-        return httpx.post(self.url + path, timeout=60, **given)  # type: ignore[arg-type]
+        return self.client.post(self.url + path, **given)  # type: ignore[arg-type]
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum over all lines of a metric that have these labels."""
@@ -71,7 +72,7 @@ def serving(bundle: Path, *options: object, environment: dict[str, str] | None =
             line = process.stderr.readline()
             assert line, f"the server ended: {heard}"
             heard += line
-        server = Server(process, f"{said[1]}:{said[2]}", int(said[2]))
+        server = Server(process, f"{said[1]}:{said[2]}", int(said[2]), httpx.Client(timeout=60))
         end = time.monotonic() + 60
         while time.monotonic() < end:
             try:
@@ -81,6 +82,7 @@ def serving(bundle: Path, *options: object, environment: dict[str, str] | None =
                 pass
             time.sleep(0.05)
         yield server
+        server.client.close()
     finally:
         if process.poll() is None:
             process.kill()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -189,8 +190,12 @@ class Site:
         """Build the page beside the running server: its toolkit takes seconds to import."""
         from foveal.ship.serve.page import build_page
 
-        page = await asyncio.to_thread(build_page, self.service, asyncio.get_running_loop())
-        await stack.enter_async_context(page.router.lifespan_context(page))
+        try:
+            page = await asyncio.to_thread(build_page, self.service, asyncio.get_running_loop())
+            await stack.enter_async_context(page.router.lifespan_context(page))
+        except Exception:  # whatever its toolkit raises: the routes are not touched by it
+            logging.getLogger(__name__).exception("the page cannot be shown")
+            return
         self.page = page
         settle()
 

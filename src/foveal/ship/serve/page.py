@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import html
 import os
-import tempfile
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,9 +48,7 @@ def build_page(service: Service, loop: asyncio.AbstractEventLoop) -> FastAPI:
     Args:
         loop: where the server runs; the page's functions run in threads.
     """
-    folder = tempfile.TemporaryDirectory(prefix="foveal-page-")
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    os.environ["GRADIO_TEMP_DIR"] = folder.name
     import gradio as gr
     from fastapi import FastAPI
     from gradio import themes
@@ -100,7 +97,7 @@ def build_page(service: Service, loop: asyncio.AbstractEventLoop) -> FastAPI:
         font_mono=["ui-monospace", "Consolas", "monospace"],
         radius_size=themes.sizes.radius_md,
     )
-    app = gr.mount_gradio_app(
+    return gr.mount_gradio_app(
         FastAPI(openapi_url=None, docs_url=None, redoc_url=None),
         blocks,
         path="/",
@@ -115,8 +112,6 @@ def build_page(service: Service, loop: asyncio.AbstractEventLoop) -> FastAPI:
         theme=theme,
         css=STYLE,
     )
-    app.state.folder = folder  # deleted with the application
-    return app
 
 
 CAPTION_BUSY = '<p class="foveal-head">Looking for what mattered ...</p>'

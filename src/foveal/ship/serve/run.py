@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 from foveal.core.errors import MissingExtra, UsageError
 from foveal.ship.serve.limits import CONNECTIONS, Settings
@@ -39,8 +41,9 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError, UnicodeError) as error:
+        known = isinstance(error, OSError) and error.errno in errno.errorcode
         raise UsageError(
-            f"cannot listen on {host} port {port} ({getattr(error, 'strerror', None) or error}): choose another "
+            f"cannot listen on {host} port {port} ({os.strerror(error.errno) if known else error}): choose another "
             "--port (0 for any that is free) or --host"
         ) from None
 
@@ -50,6 +53,7 @@ def run(settings: Settings, listener: socket.socket, workers: int) -> None:
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
+    from foveal.ship.runtime import open_runtime
     from foveal.ship.serve.app import build
     from foveal.ship.serve.protocol import Protocol
 
@@ -69,16 +73,27 @@ def run(settings: Settings, listener: socket.socket, workers: int) -> None:
         timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=int(limits.body_seconds + limits.request_seconds) + 1,
     )
-    with quiet_signals():
+    folders = ("GRADIO_TEMP_DIR", *(["PROMETHEUS_MULTIPROC_DIR"] if workers > 1 else []))
+    with quiet_signals(), shared_folders(folders):
         if workers == 1:
             uvicorn.Server(config).run([listener])
-            return
-        with tempfile.TemporaryDirectory(prefix="foveal-metrics-") as folder:
-            os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-            try:
-                Multiprocess(config, [listener]).run()
-            finally:
-                del os.environ["PROMETHEUS_MULTIPROC_DIR"]
+        else:
+            open_runtime(settings.bundle)  # what cannot be opened is said here once, and not by every process
+            Multiprocess(config, [listener]).run()
+
+
+@contextmanager
+def shared_folders(names: Sequence[str]) -> Generator[None]:
+    """Temporary folders that all processes of a server share, under these names in the environment."""
+    with tempfile.TemporaryDirectory(prefix="foveal-serve-") as folder:
+        for name in names:
+            os.environ[name] = str(Path(folder, name.lower()))
+            Path(os.environ[name]).mkdir()
+        try:
+            yield
+        finally:
+            for name in names:
+                del os.environ[name]
 
 
 @contextmanager
