@@ -6,12 +6,16 @@ from pathlib import Path
 
 from torch import nn
 
+from foveal.core import catalogue
+
 CAPABILITIES = Path(__file__).resolve().parents[2] / "docs" / "methods" / "capabilities.json"
 FAMILIES = ("cnn", "vit", "windowed", "hybrid")
 
 
 def as_documented(name: str, family: str, found: str) -> None:
     """What the battery found is what the docs say; with FOVEAL_WRITE_CAPABILITIES=1 (`make capabilities`), write it."""
+    if name not in catalogue.families():  # of another package, which keeps its findings where it likes
+        return
     known = json.loads(CAPABILITIES.read_text(encoding="utf-8")) if CAPABILITIES.exists() else {}
     if os.environ.get("FOVEAL_WRITE_CAPABILITIES") == "1":
         known.setdefault(name, {})[family] = found

@@ -100,7 +100,7 @@ def beyond_timm(classifier: Classifier, arch: str) -> str | None:
     if kind.features is not Classifier.features or kind.forward is not Classifier.forward:
         return f"its features are computed in another way than timm's {arch} does ({kind.__name__})"
     if type(classifier.head) is not nn.Linear:
-        return f"its head is not a linear layer ({type(classifier.head).__name__})"
+        return f"its head is more than a linear layer ({type(classifier.head).__name__})"
     own = PACKAGE.glob("architectures/[!_]*.py")
     if any(re.search(rf"^def {re.escape(arch)}\(", file.read_text("utf-8"), re.MULTILINE) for file in own):
         return f"the architecture {arch} comes with foveal"
