@@ -27,6 +27,7 @@ OWN: tuple[str, ...] = (
     "report.html",
     "README.md",
     "model.onnx",
+    "model.int8.onnx",
 )
 """The files of a Bundle: what is sent, and what is fetched. Anything else in a folder stays where it is."""
 HUB_ADDS = {".gitattributes", "README.md"}
