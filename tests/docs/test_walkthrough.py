@@ -1,4 +1,4 @@
-"""docs/add-a-method.md as its reader does it: a package of one's own, installed, beside the others, under the battery."""
+"""docs/add-a-method.md as its reader does it: a package of one's own, installed, named beside the others, tested."""
 
 from __future__ import annotations
 
