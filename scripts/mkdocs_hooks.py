@@ -41,7 +41,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def from_docs(text: str) -> str:
     """Links as they are in the root, to where a page of docs/ finds them."""
-    return re.sub(r"\]\(docs/", "](", text)
+    return re.sub(r"\]\(docs/", "](", text).replace("](SECURITY.md)", "](security.md)")
 
 
 def navigation(docs: Path) -> list[Any]:
