@@ -154,6 +154,15 @@ class Pyramid(nn.Module):
             if isinstance(module, Stage):
                 module.grad_checkpointing = enable
 
+    def reparameterize(self) -> None:
+        """Merge what only training needs into what it stands beside, in place: batch norms into convolutions.
+
+        What the model computes in eval mode stays. Nothing happens where there is nothing to merge.
+        """
+        merges: list[Any] = [each for each in self.modules() if each is not self and hasattr(each, "reparameterize")]
+        for module in merges:
+            module.reparameterize()
+
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         by_block = [
             (r"^stages\.(\d+)\.downsample", (0,)),

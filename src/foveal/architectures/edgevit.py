@@ -162,12 +162,6 @@ class EdgeViT(Pyramid):
                         f"such as {' or '.join(map(str, near))}"
                     )
 
-    def reparameterize(self) -> None:
-        """Fold batch norms into the convolutions after them, in place; what it computes in eval mode stays."""
-        for module in self.modules():
-            if isinstance(module, LocalBlock):
-                module.reparameterize()
-
 
 def init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):

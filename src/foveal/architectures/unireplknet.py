@@ -278,9 +278,7 @@ class UniRepLKNet(Pyramid):
                 "reparameterize in train mode: the batch statistics are frozen as they are; call eval() first",
                 stacklevel=2,
             )
-        for module in self.modules():
-            if isinstance(module, UniRepBlock):
-                module.reparameterize()
+        super().reparameterize()
         self.deploy = True
 
     def train(self, mode: bool = True) -> UniRepLKNet:
