@@ -2,6 +2,8 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,10 +11,15 @@ import torch
 from PIL import Image
 
 import foveal
+from foveal.backbones.adapter import load_backbone
 from foveal.backbones.wrapper import OpenModel
+from foveal.core import catalogue
 from foveal.core.errors import UsageError
+from foveal.core.method import Adapt, Classifier
 from foveal.core.preprocessing import Preprocessing
 from foveal.data.images import seen_box, to_pixels
+from foveal.evaluate.calibration import Calibrated
+from foveal.evaluate.ood import choose_ood
 from foveal.methods.explain.sobol_attribution import Options, SobolAttribution
 from foveal.ship.explain import explain_images, open_model_of, placed, scorer_of, squares
 
@@ -110,6 +117,52 @@ def test_gradients_can_flow_after_predict_looked_first(bundle: foveal.Bundle, ph
     open_model_of(opened, "cpu")(x).sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("method", ["vpt", "lora", "full"])
+def test_models_trained_through_the_backbone_are_explained_as_they_answer(method: str, cache: Path):
+    """VPT reads prompted tokens, so its features come from no session; what is explained is still the whole model."""
+    torch.manual_seed(0)
+    backbone = load_backbone("test_vit", pretrained=False, size=64)
+    chosen = catalogue.create(method)
+    assert isinstance(chosen, Adapt)
+    classifier = chosen.finish(chosen.attach(backbone, 3)).eval()
+    torch.nn.init.normal_(classifier.head.weight)
+    _, unknown = garbage_score(classifier)
+    model = Calibrated(classifier, 1.5, unknown, "single-label").eval()
+    stub: Any = SimpleNamespace(model=model, preprocessing=backbone.preprocessing)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    opened = open_model_of(stub, "cpu")
+    with torch.no_grad():
+        expected, _ = model(opened.normalised(x))
+        assert torch.allclose(scorer_of(stub, "cpu")(x), expected, atol=1e-3)
+        assert torch.allclose(opened(x).softmax(1), expected, atol=1e-5)
+    assert opened.feature_map(x).shape == (2, 64, 4, 4)
+
+
+def garbage_score(classifier: Classifier) -> tuple[dict[str, Any], torch.nn.Module]:
+    """Any unknown score; its threshold plays no part here."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(12, classifier.head.in_features)).astype(np.float32)
+    logits = rng.normal(size=(12, 3)).astype(np.float32)
+    score, record = choose_ood(features, np.arange(12) % 3, features, logits, features + 9, logits)
+    return record, score
+
+
+def test_captums_metrics_take_the_attributions(bundle: foveal.Bundle, photos: Path):
+    from captum.metrics import infidelity
+
+    image = squares(Image.open(photos / "green" / "03.jpg").convert("RGB"), bundle.preprocessing)
+    model = scorer_of(bundle, "cpu")
+    found = SobolAttribution(Options(grid=3, points=4)).on(model).attribute(image, target=1)
+
+    def perturb(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shown = (inputs + 0.05 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+        return inputs - shown, shown
+
+    value = infidelity(model, perturb, image, found, target=1, n_perturb_samples=2)
+    assert value.shape == (1,)
+    assert torch.isfinite(value).all()
 
 
 def test_an_image_that_cannot_be_read_keeps_its_row(bundle: foveal.Bundle, photos: Path, tmp_path: Path):
