@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import given, settings
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -25,20 +26,24 @@ def schema(small: Path):
     )
 
 
-lazy = schemathesis.pytest.from_fixture("schema")
+GETS = ("/model", "/metrics", "/health", "/health/live", "/health/ready")
+OPERATIONS = [(path, "get", GenerationMode.POSITIVE) for path in GETS]
+OPERATIONS += [(path, "post", mode) for path in ("/predict", "/explain") for mode in GenerationMode]
 
 
-@lazy.parametrize()
-@settings(max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-def test_answers_are_as_documented(case):
-    case.call_and_validate(checks=CHECKS)
+@pytest.mark.parametrize(("path", "method", "mode"), OPERATIONS)
+def test_answers_are_as_documented(schema, path: str, method: str, mode: GenerationMode):
+    @settings(max_examples=20 if method == "post" else 1, deadline=None, derandomize=True, database=None)
+    @given(case=schema[path][method].as_strategy(generation_mode=mode))
+    def check(case) -> None:
+        case.call_and_validate(checks=CHECKS)
+
+    check()
 
 
 def test_every_route_is_documented(schema):
     described = schema.raw_schema["paths"]
-    assert set(described) == {
-        *("/predict", "/explain", "/model", "/metrics", "/health", "/health/live", "/health/ready"),
-    }
+    assert set(described) == {"/predict", "/explain", *GETS}
     body = described["/predict"]["post"]["requestBody"]["content"]
     assert body["multipart/form-data"]["schema"]["properties"]["files"]["maxItems"] == 3
     assert body["application/json"]["schema"]["properties"]["images"]["maxItems"] == 3

@@ -58,7 +58,8 @@ class Service:
         self.batcher: Batcher | None = None
 
     def start(self) -> None:
-        """Run the model once, and start the threads."""
+        """Run the model once, and start the threads. May be called again after `close`."""
+        self.explainer.start()
         size = self.runtime.preprocessing.size
         self.runtime(np.zeros((self.settings.batch, size, size, 3), np.uint8))
         self.batcher = Batcher(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from foveal.core import catalogue
-from foveal.core.errors import FovealError
+from foveal.core.errors import BundleError, FovealError
 from foveal.data.images import decode, seen_box, to_pixels
 from foveal.ship.answer import answer
 from foveal.ship.runtime import Runtime
@@ -49,11 +49,15 @@ class Explainer:
 
     def __init__(self, settings: Settings, runtime: Runtime) -> None:
         self.settings, self.runtime = settings, runtime
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="foveal-explain")
+        self._pool: ThreadPoolExecutor | None = None
         self._asked = 0
 
+    def start(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="foveal-explain")
+
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
 
     async def explain(self, name: str, data: bytes, choice: str, target: str | None) -> dict[str, Any]:
         """The map of one image, as the schema HeatMap says.
@@ -79,6 +83,8 @@ class Explainer:
     def compute(self, name: str, data: bytes, choice: str, target: str | None, deadline: float) -> dict[str, Any]:
         try:
             return self._compute(name, data, choice, target, deadline)
+        except BundleError:  # names the server's folder: for its log
+            raise
         except FovealError as error:
             raise Refused(422, str(error)) from None
 
