@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -13,6 +14,7 @@ import pytest
 from tests.scale.conftest import Start, wait_until
 
 from foveal.core.errors import UsageError
+from foveal.verbs import _ray
 from foveal.verbs._ray import cluster as reach
 from foveal.verbs._ray import share
 
@@ -95,8 +97,20 @@ def test_no_cluster_is_one_clear_message_at_once(foveal: Start, photos: Path, tm
 
 @pytest.mark.parametrize("address", ["nonsense", "http://1.2.3.4:80", "host:port", ":6379"])
 def test_an_address_that_is_none(address: str) -> None:
-    with pytest.raises(UsageError, match="expected local, auto, HOST:PORT or ray://HOST:PORT"), reach(address):
+    with pytest.raises(UsageError, match="expected local, auto or HOST:PORT"), reach(address):
         pass
+
+
+def test_a_server_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        answering = Thread(target=lambda: server.accept()[0].sendall(b"220 mail.example ready\r\n"))
+        answering.start()
+        with pytest.raises(UsageError, match="something else listens"), reach(f"127.0.0.1:{server.getsockname()[1]}"):
+            pass
+        answering.join()
+        monkeypatch.setattr(_ray, "REACH_S", 0.2)
+        with pytest.raises(UsageError, match="no Ray cluster"), reach(f"127.0.0.1:{server.getsockname()[1]}"):
+            pass
 
 
 def test_processors_are_shared_out() -> None:

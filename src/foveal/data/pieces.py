@@ -6,7 +6,6 @@ turn. Of folders and tables of paths the names are listed, and cut into pieces.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
@@ -181,11 +180,9 @@ def of_listed(name: str, images: Images, rows: int, aside: Sequence[tuple[str, s
 
 def of_tars(name: str, pattern: str) -> Pieces:
     paths = [os.path.abspath(path) for path in expand(pattern)]
-    paths = sorted(glob.glob(paths[0])) if len(paths) == 1 and not os.path.exists(paths[0]) else paths
     missing = [path for path in paths if not os.path.isfile(path)]
-    if missing or not paths:
-        first = missing[0] if missing else pattern
-        raise DataError(f"{printable(first)} does not exist ({len(missing)} of {len(paths)} shards missing)")
+    if missing:
+        raise DataError(f"{printable(missing[0])} does not exist ({len(missing)} of {len(paths)} shards missing)")
     prefixes = [f"{os.path.basename(path)}/" if len(paths) > 1 else "" for path in paths]
     cut = (Tar(number, path, prefix) for number, (path, prefix) in enumerate(zip(paths, prefixes, strict=True)))
     return Pieces(name, len(paths), None, (), cut)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 import tempfile
 from collections.abc import Generator, Iterator
@@ -17,7 +18,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from foveal.backbones.adapter import Backbone, rebuild_backbone
 from foveal.core.errors import BackboneError, DataError, FovealError, MissingExtra, UsageError
 from foveal.core.method import Task
 from foveal.core.progress import Progress
-from foveal.data.dataset import Dataset, Files, Memory, Ranges
+from foveal.data.dataset import Dataset, Files, Memory
 from foveal.data.open import open_dataset
 from foveal.data.pieces import Listed, Piece, Pieces
 from foveal.features.extract import Extraction
@@ -41,6 +41,8 @@ from foveal.verbs.reproduce import versions
 RETRIES = 5
 """How often a trial starts again after its node or process died."""
 REACH_S = 5.0
+SETTINGS = b"\x04"
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00" + SETTINGS + b"\x00\x00\x00\x00\x00"
 EQUAL = ("python", "foveal", "torch", "timm")
 """Versions that must be those of this machine on every node, for the table to be a local run's."""
 
@@ -51,7 +53,7 @@ def cluster(address: str) -> Generator[Any]:
 
     Args:
         address: 'local' (a cluster of this machine's processors, gone afterwards), 'auto' (the cluster this machine
-            belongs to, or $RAY_ADDRESS), HOST:PORT of a cluster this machine belongs to, or ray://HOST:PORT.
+            belongs to, or $RAY_ADDRESS), or HOST:PORT of a cluster this machine belongs to.
 
     Raises:
         MissingExtra: Ray is not installed.
@@ -79,24 +81,26 @@ def cluster(address: str) -> Generator[Any]:
 
 
 def knock(address: str) -> None:
-    """Whether anybody listens there: Ray itself would wait for minutes.
+    """Whether a server like Ray's listens there: Ray itself would wait for minutes.
+
+    Ray speaks gRPC, hence HTTP/2, in which both sides begin with their settings (RFC 9113, section 3.4).
 
     Raises:
-        UsageError: nobody, or no address.
+        UsageError: nobody answers like that, or it is no address.
     """
     if address in ("local", "auto"):
         return
+    host, _, port = address.rpartition(":")
+    if not re.fullmatch(r"[\w.:\[\]-]+", host) or not port.isdigit():
+        raise UsageError(f"--ray {address}: expected local, auto or HOST:PORT")
     try:
-        where = urlsplit(address if "://" in address else f"//{address}")
-        host, port = where.hostname, where.port
-    except ValueError:
-        host, port = None, None
-    if not host or not port or where.scheme not in ("", "ray"):
-        raise UsageError(f"--ray {address}: expected local, auto, HOST:PORT or ray://HOST:PORT")
-    try:
-        socket.create_connection((host, port), timeout=REACH_S).close()
-    except OSError as error:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S) as connection:
+            connection.sendall(GREETING)
+            answer = connection.recv(9)
+    except (OSError, OverflowError) as error:
         raise unreachable(address, error) from None
+    if answer[3:4] != SETTINGS and not os.environ.get("RAY_USE_TLS"):
+        raise unreachable(address, ConnectionError("something else listens there"))
 
 
 def unreachable(address: str, error: Exception) -> UsageError:
@@ -363,7 +367,7 @@ def shards_on_ray(
 
 def sendable(piece: Piece) -> Piece:
     """A piece without anything that only this process can read, such as a temporary file."""
-    if not isinstance(piece, Listed) or isinstance(piece.images.source, Files | Memory | Ranges):
+    if not isinstance(piece, Listed) or isinstance(piece.images.source, Files | Memory):
         return piece
     images = piece.images
     return Listed(piece.number, replace(images, source=Memory([images.source.read(row) for row in range(len(images))])))

@@ -20,7 +20,8 @@ from foveal.verbs.fit import (
 )
 
 RayOption = Annotated[
-    str | None, "Work on a Ray cluster: local (this machine's processors), auto, HOST:PORT or ray://HOST:PORT."
+    str | None,
+    "Work on a Ray cluster: local (this machine's processors), auto (the cluster it belongs to) or HOST:PORT.",
 ]
 
 
@@ -74,7 +75,7 @@ def compare(
     check_out(out)
     with reached(ray) as cluster:
         started = time.perf_counter()
-        prepared = prepare(data, backbone, offline=offline, device=device, progress=progress)
+        prepared = prepare(data, backbone, offline=offline, device=device, split=True, progress=progress)
         reading = time.perf_counter() - started
         names: list[str] = []
         for choice in choices:
