@@ -139,7 +139,7 @@ def limits(m: Measured) -> list[Limit]:
         ),
         Limit("inodes, one file an image", float, inodes, count, "WebDataset shards"),
         Limit("memory, names of a listed folder", lambda n: n * m.listed, memory, size, "WebDataset shards"),
-        Limit("memory, features in `fit`", lambda n: 2 * 4 * n * m.width, memory, size, "`fit` on a subset"),
+        Limit("memory, features in `fit`", lambda n: 4 * n * m.width, memory, size, "`fit` on a subset"),
         Limit("near-duplicate search, memory", lambda n: n * m.pairs_bytes, memory, size, "`fit` on a subset"),
         Limit(
             "near-duplicate search, time",
@@ -177,7 +177,8 @@ def page(m: Measured) -> str:
         f"{size(m.image)}: **{m.rate:.0f} images a second and core**, decoding included. A row of the table has "
         f"{m.row32:,.0f} bytes in float32 and {m.row16:,.0f} in float16 ({m.width} features, id, label, sha256); "
         f"a listed file costs {m.listed:.0f} bytes of memory; the near-duplicate search takes "
-        f"{m.pairs_time[0]:.1e} s times n to the power {m.pairs_time[1]:.2f}, and {m.pairs_bytes:,.0f} bytes an image.",
+        f"{m.pairs_time[0]:.1e} s times n to the power {m.pairs_time[1]:.2f}, and {m.pairs_bytes:,.0f} bytes an image, on random hashes (pictures "
+        "that look alike take longer).",
         "",
         f"| images | {' | '.join(columns)} |",
         f"|---|{'---:|' * len(SIZES)}",
