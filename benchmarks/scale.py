@@ -177,8 +177,8 @@ def page(m: Measured) -> str:
         f"{size(m.image)}: **{m.rate:.0f} images a second and core**, decoding included. A row of the table has "
         f"{m.row32:,.0f} bytes in float32 and {m.row16:,.0f} in float16 ({m.width} features, id, label, sha256); "
         f"a listed file costs {m.listed:.0f} bytes of memory; the near-duplicate search takes "
-        f"{m.pairs_time[0]:.1e} s times n to the power {m.pairs_time[1]:.2f}, and {m.pairs_bytes:,.0f} bytes an image, on random hashes (pictures "
-        "that look alike take longer).",
+        f"{m.pairs_time[0]:.1e} s times n to the power {m.pairs_time[1]:.2f}, and {m.pairs_bytes:,.0f} bytes an image, "
+        "on random hashes (pictures that look alike take longer).",
         "",
         f"| images | {' | '.join(columns)} |",
         f"|---|{'---:|' * len(SIZES)}",
