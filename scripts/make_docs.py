@@ -144,33 +144,36 @@ def architecture_files() -> list[Path]:
     return sorted((catalogue.PACKAGE / "architectures").glob("[!_]*.py"))
 
 
-def card_or_none(name: str) -> dict[str, Any] | None:
-    return cards.read_card(name) if cards.card_path(name).exists() else None
+def cards_of(file: Path) -> list[dict[str, Any]]:
+    """Cards of an architecture file: of its own name, and of single variants it registers."""
+    module = import_module(f"foveal.architectures.{file.stem}")
+    names = sorted(path.stem for path in cards.card_path("").parent.glob("*.toml"))
+    own = [name for name in names if name.replace("-", "_") == file.stem]
+    variants = [name for name in names if name not in own and hasattr(module, name.replace("-", "_"))]
+    return [cards.read_card(name) for name in [*own, *variants] if name not in catalogue.families()]
 
 
 def architecture_page(file: Path) -> str:
-    """One file of foveal.architectures: its docstring, its variants, what the battery found, and its card."""
-    name = file.stem.replace("_", "-")
-    module = import_module(f"foveal.architectures.{file.stem}")
-    card = card_or_none(name)
-    parts = [f"# {name}"]
-    if card:
+    """One file of foveal.architectures: its docstring, its variants, what the battery found, and its cards."""
+    parts = [f"# {file.stem.replace('_', '-')}"]
+    found = cards_of(file)
+    for card in found:
         paper = f"[arXiv {card['arxiv']}](https://arxiv.org/abs/{card['arxiv']}), " if card.get("arxiv") else ""
         parts.append(f"{card['title']} ({paper}{card['year']}).")
     parts += [
-        inspect.getdoc(module) or "",
+        inspect.getdoc(import_module(f"foveal.architectures.{file.stem}")) or "",
         "`import foveal.architectures` registers it with timm; foveal's own verbs do so by themselves: "
         "`--backbone NAME`.",
     ]
-    variants = (card or {}).get("variants", {})
+    variants = {name: row for card in found for name, row in card.get("variants", {}).items()}
     if variants:
         keys = list(dict.fromkeys(key for row in variants.values() for key in row))
         rows = [{"variant": f"`{variant}`", **{key: row.get(key) for key in keys}} for variant, row in variants.items()]
         parts += ["## Variants", table(rows, ["variant", *keys])]
-    if found := ARCHITECTURES.get(file.stem):
-        rows = [{"what": key, "found": value} for key, value in found.items()]
+    if probed := ARCHITECTURES.get(file.stem):
+        rows = [{"what": key, "found": value} for key, value in probed.items()]
         parts += ["## What the contract battery found", table(rows, ["what", "found"])]
-    if card:
+    for card in found:
         parts += ["## Evidence", f"Claim: {card['claim']}", measurement(card)]
     return "\n\n".join(parts) + "\n"
 
@@ -179,13 +182,13 @@ def architectures_index() -> str:
     rows: list[dict[str, Any]] = []
     for file in architecture_files():
         name = file.stem.replace("_", "-")
-        card = card_or_none(name) or {}
-        checks = card.get("measured", {}).get("checks", [])
+        found = cards_of(file)
+        checks = [check for card in found for check in card.get("measured", {}).get("checks", [])]
         rows.append(
             {
                 "architecture": f"[{name}]({name}.md)",
-                "title": card.get("title", ""),
-                "variants": len(card.get("variants", {})) or None,
+                "title": "; ".join(card["title"] for card in found),
+                "variants": sum(len(card.get("variants", {})) for card in found) or None,
                 **{key: ARCHITECTURES.get(file.stem, {}).get(key, "unknown") for key in ("family", "onnx", "compile")},
                 "expectations held": f"{sum(check['held'] for check in checks)} of {len(checks)}"
                 if checks
@@ -197,33 +200,7 @@ def architectures_index() -> str:
         "Backbones of papers that timm lacks. Every timm model is a backbone too; `foveal backbones` lists all. "
         "onnx, compile: what the contract battery found on a small one."
     )
-    return f"# Architectures\n\n{about}\n\n{table(rows, columns)}\n\n{variants_table()}\n"
-
-
-def variants_table() -> str:
-    """Every registered variant: what is built, which the tests hold to the unit, beside what its paper prints."""
-    rows: list[dict[str, Any]] = []
-    for file in architecture_files():
-        card = card_or_none(file.stem.replace("_", "-")) or {}
-        battery = ARCHITECTURES.get(file.stem, {})
-        for variant, of in {**card.get("variants", {}), **card.get("video_variants", {})}.items():
-            rows.append(
-                {
-                    "variant": f"`{variant}`",
-                    "parameters": f"{of['parameters']:,}",
-                    "published": of.get("published"),
-                    "GMACs": of.get("gmacs"),
-                    "published GMACs": of.get("published_gmacs"),
-                    "strides of the maps": battery.get("strides", "unknown"),
-                }
-            )
-    about = (
-        "Parameters with 1000 classes (video: 400), as built and tested to the unit; the counts that UniRepLKNet's "
-        "paper prints are of its merged form. GMACs at the variant's own image size, Fourier transforms left out. An "
-        "empty cell: not published."
-    )
-    columns = ["variant", "parameters", "published", "GMACs", "published GMACs", "strides of the maps"]
-    return f"## Variants\n\n{about}\n\n{table(rows, columns)}"
+    return f"# Architectures\n\n{about}\n\n{table(rows, columns)}\n"
 
 
 def choose_page() -> str:

@@ -26,7 +26,7 @@ def decision() -> Any:
 
 
 def card(**values: list[float]) -> dict[str, Any]:
-    named = {key.replace("__", ".").replace("_", "-", 0): {"runs": runs} for key, runs in values.items()}
+    named = {key.replace("__", "."): {"runs": runs} for key, runs in values.items()}
     return {"measured": {"values": {f"{key}.balanced_accuracy": value for key, value in named.items()}, "minutes": 1}}
 
 
