@@ -14,8 +14,9 @@ enlargement below zero is cut. Like the authors' code the points are not scrambl
 zeros in A, B and C, then adds nothing to any index and something to V (`scramble=true` avoids it). V is the
 variance of f(A) alone, with N - 1. Estimators other than Jansen's and masks over words are left out.
 
-When not to use it: when one forward pass must do (`eigen-cam`); for details finer than a cell; when the object is
-much larger than a cell and any part of it suffices, so that hiding one changes nothing.
+When not to use it: when one forward pass must do (`eigen-cam`); for details finer than a cell; to tell what speaks for
+a class from what speaks against it, as an index has no sign. Masks weighted by the score (RISE), which have one, were
+measured to find the evidence sooner with as many passes (see the card).
 """
 
 from __future__ import annotations
