@@ -59,11 +59,11 @@ def design(cells: int, points: int, scramble: bool = False, seed: int = 0) -> Fl
 def total_order(scores: Float[Tensor, " rows"], cells: int) -> Float[Tensor, " d"]:
     """Jansen's total-order indices [d] of the scores [N (d + 1)] of a `design`; float64, all zero without variance."""
     A, C = scores.double().unflatten(0, (cells + 1, -1)).tensor_split([1])
-    V = A.var(correction=1)
+    variance = A.var(correction=1)
     rounding = 8 * torch.finfo(scores.dtype).eps * A.square().mean().sqrt()
-    if V <= rounding**2:
+    if variance <= rounding**2:
         return torch.zeros(cells, dtype=torch.float64, device=scores.device)
-    return (A - C).square().sum(1) / (2 * A.shape[1] * V)
+    return (A - C).square().sum(1) / (2 * A.shape[1] * variance)
 
 
 def indices(
