@@ -7,6 +7,7 @@ backbone opens the data by their name, on its node.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import re
@@ -345,7 +346,8 @@ def shards_on_ray(
     gpus = int(sum(node["Resources"].get("GPU", 0) for node in nodes)) if device != "cpu" else 0
     places = gpus or int(sum(node["Resources"].get("CPU", 0) for node in nodes))
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     made = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(
         Embedder,
         fn_constructor_args=(
@@ -357,12 +359,18 @@ def shards_on_ray(
         num_gpus=1 if gpus else 0,
     )  # fmt: skip
     progress.say(f"{len(wanted)} shards on {len(nodes)} nodes, up to {min(places, len(wanted))} at a time")
-    for done, row in enumerate(made.iter_rows(), start=1):
-        found = json.loads(row["made"])
-        if "failed" in found:
-            raise FovealError(found["failed"])
-        progress.update("shards", done, len(wanted))
-        yield found["number"], Shard(**found["shard"])
+    try:
+        for done, row in enumerate(made.iter_rows(), start=1):
+            found = json.loads(row["made"])
+            if "failed" in found:
+                raise FovealError(found["failed"])
+            progress.update("shards", done, len(wanted))
+            yield found["number"], Shard(**found["shard"])
+    except ray.exceptions.RayError as error:
+        why = str(error).strip().splitlines()[-1][:200] if str(error).strip() else type(error).__name__
+        raise FovealError(
+            f"the cluster gave up ({why}); finished shards are kept, and the same command goes on"
+        ) from error
 
 
 def sendable(piece: Piece) -> Piece:
