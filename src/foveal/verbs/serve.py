@@ -13,7 +13,7 @@ from foveal.verbs._results import Result
 
 
 def serve(
-    bundle: Annotated[Path, "Bundle folder made by `foveal fit`, or hub:owner/name."],
+    bundle: Annotated[Path, "Bundle: folder made by `foveal fit`, or hub:owner/name."],
     *,
     port: Annotated[int, "Port to listen on; 0 for any that is free."] = 8000,
     host: Annotated[str, "Address to listen on; 0.0.0.0 for all of this machine's."] = "127.0.0.1",
