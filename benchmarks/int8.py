@@ -45,11 +45,33 @@ def bundle_of(case: str, folder: Path) -> Path:
     name = backbone
     if not pretrained:
         torch.manual_seed(0)
-        weights = load_backbone(backbone, pretrained=False).model.state_dict()
+        loaded = load_backbone(backbone, pretrained=False)
+        settle(loaded, data)
+        weights = loaded.model.state_dict()
         save_file({key: value.clone() for key, value in weights.items()}, folder / f"{backbone}.safetensors")
         name = f"{backbone}@{folder / f'{backbone}.safetensors'}"
     foveal.fit(data, method="linear", backbone=name, out=folder / case, offline=True)
     return folder / case
+
+
+def settle(backbone: Any, data: str) -> None:
+    """Statistics of batch norms from 64 images of the data, without which random features all but vanish."""
+    import numpy as np
+    import torch
+
+    from foveal.backbones.adapter import normalise
+    from foveal.data.images import to_pixels
+    from foveal.data.open import open_dataset
+
+    images, plan = open_dataset(data), backbone.preprocessing
+    rows = np.linspace(0, len(images) - 1, 64).astype(int).tolist()
+    pixels = np.stack([to_pixels(images.image(row), plan) for row in rows])
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        backbone.train()(normalise(torch.from_numpy(pixels), plan))
+    backbone.eval()
 
 
 def lines_of(case: str, made: dict[str, Any]) -> list[str]:

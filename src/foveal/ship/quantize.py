@@ -266,11 +266,11 @@ def distance(found: Sequence[NDArray[np.float32]], wanted: Sequence[NDArray[np.f
 
 
 def adds_in_32_bits() -> bool:
-    """Whether this processor's int8 products are summed in 32 bits at once (x86 from AVX-VNNI on, others always)."""
+    """Whether this processor sums int8 products in 32 bits at once: all but x86 before VNNI, which saturate in 16."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
     flags = Path("/proc/cpuinfo")
-    if platform.machine().lower() not in ("x86_64", "amd64") or not flags.is_file():
-        return platform.machine().lower() not in ("x86_64", "amd64")
-    return "vnni" in flags.read_text(encoding="utf-8", errors="replace")
+    return flags.is_file() and "vnni" in flags.read_text(encoding="utf-8", errors="replace")
 
 
 def write_qdq(
