@@ -146,7 +146,9 @@ backbone = load_backbone(name, pretrained=False)
 model = OpenModel(Classifier(backbone, nn.Linear(backbone.width, 5)).eval(), backbone.preprocessing)
 x = torch.rand(images, 3, 224, 224)
 catalogue.create(choice).explain(model, x, torch.zeros(images, dtype=torch.int64))
-print(json.dumps({}))
+with open("/proc/self/status") as file:  # what getrusage tells begins at the size of the process that started this one
+    high = next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM"))
+print(json.dumps({"high": high}))
 """
 
 
@@ -162,7 +164,7 @@ def memory_part(folder: Path, count: int) -> list[str]:
              ("sobol-attribution:grid=17,points=2", "1")),
             ("eigen-cam, 128 images over 32", ("eigen-cam", "32"), ("eigen-cam", "128")),
         ):  # fmt: skip
-            low, high = (run(MEMORY, name, *each, cache=folder / "memory")["peak"] for each in (small, large))
+            low, high = (run(MEMORY, name, *each, cache=folder / "memory")["high"] for each in (small, large))
             rows.append(
                 f"| peak memory on a {kind}: {what} | at most 1.3 | **{high / low:.2f}** "
                 f"({high:,.0f} MiB against {low:,.0f} MiB) |"
