@@ -33,7 +33,7 @@ capabilities: setup
 
 docs: setup
 	$(BIN)/python scripts/make_docs.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 benchmarks: setup
 	$(BIN)/python benchmarks/run.py
