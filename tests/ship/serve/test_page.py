@@ -82,12 +82,17 @@ def test_what_resembles_nothing_is_unknown(server: Server, browser: Browser, tmp
 def test_what_is_no_image_is_said_and_the_page_goes_on(
     server: Server, browser: Browser, good: list[Path], tmp_path: Path
 ):
-    (tmp_path / "cut.jpg").write_bytes(good[0].read_bytes()[:300])
+    content = good[0].read_bytes()
     page = opened(browser, server.url, [])
-    page.set_input_files("input[type=file]", tmp_path / "cut.jpg")
-    page.wait_for_selector(".toast-body.error, .toast-wrap")
-    page.reload()
-    page.wait_for_selector("input[type=file]", state="attached")
+    for length, said in ((len(content) // 2, "truncated or damaged image"), (20, "no image, or a damaged one")):
+        (tmp_path / "cut.jpg").write_bytes(content[:length])
+        page.set_input_files("input[type=file]", tmp_path / "cut.jpg")
+        page.wait_for_selector(".foveal-answer strong")
+        assert page.inner_text(".foveal-answer strong") == "no answer"
+        assert said in page.inner_text(".foveal-answer span")
+        assert page.locator(".foveal-map img").count() == 0
+        page.reload()
+        page.wait_for_selector("input[type=file]", state="attached")
     page.set_input_files("input[type=file]", good[0])
     page.wait_for_selector(".foveal-bars")
     assert page.inner_text(".foveal-answer strong") == "blue"

@@ -56,24 +56,24 @@ def build_page(service: Service, loop: asyncio.AbstractEventLoop) -> FastAPI:
     limits = service.settings.limits
 
     def wait(task: Coroutine[Any, Any, T]) -> T:
-        try:
-            return asyncio.run_coroutine_threadsafe(task, loop).result()
-        except Refused as refused:
-            raise gr.Error(refused.detail, duration=8, print_exception=False) from None
+        return asyncio.run_coroutine_threadsafe(task, loop).result()
 
     def look(file: str | None) -> tuple[str, str]:
         if file is None:
             return EMPTY, ""
-        row = wait(service.predict([("the image", Path(file).read_bytes())]))[0]
-        return answered(row, service.runtime.task == "multi-label"), CAPTION_BUSY
+        try:
+            row = wait(service.predict([("the image", Path(file).read_bytes())]))[0]
+        except Refused as refused:
+            return told("no answer", refused.detail, " unknown"), ""
+        return answered(row, service.runtime.task == "multi-label"), BUSY
 
-    def explain(file: str | None) -> str:
-        if file is None:
+    def explain(file: str | None, said: str) -> str:
+        if file is None or not said:
             return ""
         try:
             return drawn(wait(service.explainer.explain("the image", Path(file).read_bytes(), DEFAULT, None)))
-        except gr.Error as error:
-            return f'<p class="foveal-head">No heat map: {html.escape(str(error.message))}</p>'
+        except Refused as refused:
+            return f'<p class="foveal-head">No heat map: {html.escape(refused.detail)}</p>'
 
     about = service.describe()
     with gr.Blocks(
@@ -88,9 +88,9 @@ def build_page(service: Service, loop: asyncio.AbstractEventLoop) -> FastAPI:
             with gr.Column():
                 said = gr.HTML(EMPTY, padding=False)
                 map = gr.HTML(elem_classes="foveal-map", padding=False)
-        image.change(look, image, [said, map], queue=False, api_visibility="private").success(
-            explain, image, map, queue=False, show_progress="full", api_visibility="private"
-        )
+        looked = image.change(look, image, [said, map], queue=False, api_visibility="private")
+        looked.success(explain, [image, map], map, queue=False, show_progress="full", api_visibility="private")
+        looked.failure(lambda: (NO_IMAGE, ""), None, [said, map], queue=False, api_visibility="private")
     theme = themes.Default(
         primary_hue="blue",
         font=["system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"],
@@ -114,7 +114,15 @@ def build_page(service: Service, loop: asyncio.AbstractEventLoop) -> FastAPI:
     )
 
 
-CAPTION_BUSY = '<p class="foveal-head">Looking for what mattered ...</p>'
+BUSY = '<p class="foveal-head">Looking for what mattered ...</p>'
+
+
+def told(large: str, small: str, kind: str = "") -> str:
+    large, small = html.escape(large), html.escape(small)
+    return f'<div class="foveal-answer{kind}"><strong>{large}</strong><span>{small}</span></div>'
+
+
+NO_IMAGE = told("no answer", "This is no image, or a damaged one.", " unknown")
 
 
 def head(about: dict[str, Any]) -> str:
@@ -129,19 +137,19 @@ def head(about: dict[str, Any]) -> str:
 
 def answered(row: dict[str, Any], several: bool) -> str:
     """The answer in large letters, and the bars of the top five."""
-    label = html.escape(row["label"].replace("|", ", ")) or "no label"
+    label = row["label"].replace("|", ", ") or "no label"
     kind = " unknown" if row["unknown"] else ""
     if row["unknown"]:
-        said = f"<strong>unknown</strong><span>It resembles no image the model was trained on; the nearest: {label}."
+        said = told("unknown", f"It resembles no image the model was trained on; the nearest: {label}.", kind)
     elif several:
-        said = f"<strong>{label}</strong><span>Every label of at least 50%."
+        said = told(label, "Every label of at least 50%.")
     else:
-        said = f"<strong>{label}</strong><span>{percent(row['probability'])}, calibrated."
+        said = told(label, f"{percent(row['probability'])}, calibrated.")
     bars = "".join(
         f'<span>{html.escape(name)}</span><i><b style="width:{100 * p:.1f}%"></b></i><em>{percent(p)}</em>'
         for name, p in row["top"]
     )
-    return f'<div class="foveal-answer{kind}">{said}</span></div><div class="foveal-bars{kind}">{bars}</div>'
+    return f'{said}<div class="foveal-bars{kind}">{bars}</div>'
 
 
 def percent(p: float) -> str:
