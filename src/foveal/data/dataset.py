@@ -206,14 +206,15 @@ def unique(names: Sequence[str]) -> list[str]:
     """The same names, the second and later of equal ones with `#2`, `#3`."""
     if len(set(names)) == len(names):
         return list(names)
-    taken, seen = set(names), set[str]()
+    taken, counts = set(names), dict.fromkeys(names, 0)
     result: list[str] = []
     for name in names:
-        candidate, count = name, 1
-        while candidate in seen or (count > 1 and candidate in taken):
-            count += 1
-            candidate = f"{name}#{count}"
-        seen.add(candidate)
+        counts[name] += 1
+        candidate = name
+        while counts[name] > 1 and candidate in taken:
+            candidate = f"{name}#{counts[name]}"
+            counts[name] += candidate in taken
+        taken.add(candidate)
         result.append(candidate)
     return result
 

@@ -6,7 +6,8 @@ import csv
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -166,30 +167,44 @@ def open_parquet(path: Path) -> Dataset:
     import pyarrow.parquet as pq
 
     name = printable(path.name)
-    try:
+    with reading(name):
         file = pq.ParquetFile(path)
         schema = file.schema_arrow
         check_columns(schema.names, name)
         wanted = [column for column in ("label", "split") if column in schema.names]
         rest = file.read(columns=wanted)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{name} cannot be read as Parquet ({str(error).splitlines()[0]})") from None
-    count = rest.num_rows
-    table = Table(
-        name,
-        [],
-        label_texts(rest["label"], class_names(schema, "label"), name),
-        ["" if value is None else str(value) for value in rest["split"].to_pylist()] if "split" in wanted else [],
-        [f"row {row}" for row in range(count)],
-    )
-    kind = schema.field("image").type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        table.image = [value or "" for value in file.read(columns=["image"])["image"].to_pylist()]
+        count = rest.num_rows
+        table = Table(
+            name,
+            [],
+            label_texts(rest["label"], class_names(schema, "label"), name),
+            ["" if value is None else str(value) for value in rest["split"].to_pylist()] if "split" in wanted else [],
+            [f"row {row}" for row in range(count)],
+        )
+        kind = schema.field("image").type
+        of_paths = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        if of_paths:
+            table.image = [value or "" for value in file.read(columns=["image"])["image"].to_pylist()]
+    if of_paths:
         return from_paths(table, path.parent)
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)):
         raise DataError(f"{name}: column image has type {kind}, expected text (paths), bytes or {{bytes, path}}")
-    source, paths, aside = spill(images_of(file), count, path.parent, name)
+    source, paths, aside = spill(images_of(file, name), count, path.parent, name)
     return assemble(table, [given or f"{name}#{row:06d}" for row, given in enumerate(paths)], source, aside)
+
+
+@contextmanager
+def reading(name: str) -> Generator[None]:
+    """
+    Raises:
+        DataError: pyarrow met damage.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+        raise DataError(f"{name} cannot be read as Parquet ({str(error).splitlines()[0]})") from None
 
 
 def class_names(schema: Any, column: str) -> list[str] | None:
@@ -222,15 +237,16 @@ def label_texts(column: Any, names: list[str] | None, table: str) -> list[Sequen
     return [[text(one) for one in value] if isinstance(value, list) else text(value) for value in column.to_pylist()]
 
 
-def images_of(file: Any) -> Iterator[tuple[bytes | None, str | None]]:
+def images_of(file: Any, name: str) -> Iterator[tuple[bytes | None, str | None]]:
     """(bytes, path) of every row's image, a few rows in memory at a time."""
-    for batch in file.iter_batches(batch_size=64, columns=["image"]):
-        for value in batch.column(0):
-            image = value.as_py()
-            if isinstance(image, dict):
-                yield image.get("bytes"), image.get("path")
-            else:
-                yield image, None
+    with reading(name):
+        for batch in file.iter_batches(batch_size=64, columns=["image"]):
+            for value in batch.column(0):
+                image = value.as_py()
+                if isinstance(image, dict):
+                    yield image.get("bytes"), image.get("path")
+                else:
+                    yield image, None
 
 
 @dataclass(frozen=True, eq=False)
