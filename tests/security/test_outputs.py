@@ -12,6 +12,8 @@ from foveal.cli.main import printable
 from foveal.core.bundle import atomic_folder
 from foveal.core.errors import FovealError, UsageError
 from foveal.core.folders import claim
+from foveal.data.dataset import unique
+from foveal.data.open import open_dataset
 
 
 @pytest.fixture
@@ -80,3 +82,30 @@ def test_a_link_as_output_is_written_through(tmp_path: Path):
 
 def test_names_do_not_steer_the_terminal():
     assert printable("a\x1b[2Jb\x07\u202ec\nd é 猫") == "a\\x1b[2Jb\\x07\\u202ec\nd é 猫"
+
+
+def test_too_few_images_are_said_before_any_is_read(
+    tmp_path: Path, photos: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from foveal.verbs import _prepare
+
+    monkeypatch.setattr(_prepare, "extract", lambda *_, **__: pytest.fail("read"))
+    for name, count in {"red": 3, "blue": 1}.items():
+        (tmp_path / "d" / name).mkdir(parents=True)
+        for file in sorted((photos / name).iterdir())[:count]:
+            (tmp_path / "d" / name / file.name).write_bytes(file.read_bytes())
+    for verb in ("fit", "compare"):
+        with pytest.raises(FovealError, match="class blue has 1 image"):
+            getattr(foveal, verb)(str(tmp_path / "d"), out=tmp_path / "b", **{METHOD[verb]: "linear"})
+
+
+def test_a_name_that_comes_a_hundred_thousand_times():
+    names = unique(["a", "a#2"] + ["a"] * 100_000)
+    assert names[:4] == ["a", "a#2", "a#3", "a#4"]
+    assert len(set(names)) == len(names)
+
+
+def test_no_data_at_all():
+    for text in ("", "  "):
+        with pytest.raises(FovealError, match="DATA is empty"):
+            open_dataset(text)

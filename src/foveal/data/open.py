@@ -32,6 +32,8 @@ def open_dataset(data: str | Path | Dataset, *, offline: bool = False) -> Datase
     if isinstance(data, Dataset):
         return data
     text = os.fspath(data)
+    if not text.strip():
+        raise DataError(f"DATA is empty: expected {FORMS}")
     kind, _, name = text.partition(":")
     if kind == "sample":
         from foveal.data.samples import open_sample

@@ -38,14 +38,24 @@ def make_split(
     """
     if test < 0 or val < 0 or test + val >= 1:
         raise UsageError(f"test={test}, val={val}: expected fractions from 0 that leave some images to train on")
+    stock = enough(labels, groups, classes, test)
+    parts = stock.share(np.array([1 - test - val, val, test]), seed)
+    stock.repair(parts, [(0, 2 if test else 1), (2, 1)] if test else [(0, 1)])
+    return np.array(["train", "val", "test"])[parts[stock.group_of]]
+
+
+def enough(labels: np.ndarray, groups: np.ndarray, classes: Sequence[str] | None = None, test: float = 0.25) -> Stock:
+    """What `make_split` has to share out.
+
+    Raises:
+        DataError: fewer than two classes, or a class with too few distinct images.
+    """
     stock = Stock.of(labels, groups, classes)
     if labels.ndim == 1 and stock.groups_with.astype(bool).sum() < 2:
         only = name_of(int(labels[0]), classes) if len(labels) else "none"
         raise DataError(f"all {len(labels)} images are of class {only}: expected at least two classes")
     stock.require(3 if test else 1, "2 to train on and 1 to test" if test else "to train on", classes)
-    parts = stock.share(np.array([1 - test - val, val, test]), seed)
-    stock.repair(parts, [(0, 2 if test else 1), (2, 1)] if test else [(0, 1)])
-    return np.array(["train", "val", "test"])[parts[stock.group_of]]
+    return stock
 
 
 def folds(

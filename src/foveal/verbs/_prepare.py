@@ -15,7 +15,7 @@ from foveal.core.progress import Progress
 from foveal.data.checks import near_duplicate_groups
 from foveal.data.dataset import Dataset
 from foveal.data.open import open_dataset
-from foveal.data.split import make_split
+from foveal.data.split import enough, make_split
 from foveal.features.extract import Extraction, extract
 
 
@@ -32,7 +32,7 @@ class Prepared:
 
     @cached_property
     def has_test(self) -> bool:
-        return self.dataset.splits is not None and bool(np.isin(self.dataset.splits, ["test", "val"]).any())
+        return comes_split(self.dataset)
 
     def splits(self, seed: int) -> np.ndarray:
         """'train', 'val' or 'test' for each image.
@@ -83,15 +83,21 @@ def prepare(
     *,
     offline: bool = False,
     device: str = "auto",
+    split: bool = False,
     progress: Progress | None = None,
 ) -> Prepared:
     """Open DATA, load the backbone and read every image once; images that cannot be decoded are set aside.
+
+    Args:
+        split: the data will be split; too few images of a class are then said before any is read.
 
     Raises:
         DataError: nothing usable in DATA.
     """
     progress = progress or Progress()
     dataset = open_dataset(data, offline=offline)
+    if split and not comes_split(dataset):
+        enough(dataset.labels, np.arange(len(dataset)), dataset.classes)
     loaded = load_backbone(backbone, offline=offline)
     extraction = extract(
         dataset, loaded, device=device, progress=lambda done, total: progress.update("reading images", done, total)
@@ -112,6 +118,11 @@ def prepare(
         )
     groups = near_duplicate_groups(extraction.scan["phash"], extraction.X)
     return Prepared(dataset, loaded, extraction, groups, source_of(data))
+
+
+def comes_split(dataset: Dataset) -> bool:
+    """Whether the data themselves say what to measure on."""
+    return dataset.splits is not None and bool(np.isin(dataset.splits, ["test", "val"]).any())
 
 
 def source_of(data: str | Path | Dataset) -> str:

@@ -74,7 +74,7 @@ def fit(
         return load(out)
 
     with team.main_first() if not frozen else nullcontext():
-        prepared = prepare(data, backbone, offline=offline, device=device, progress=progress)
+        prepared = prepare(data, backbone, offline=offline, device=device, split=True, progress=progress)
     chosen = check_suits(chosen, prepared) if chosen else None
     splits = prepared.splits(seed)
     rows = FrozenRows(prepared, splits, seed, class_weights) if frozen else None
