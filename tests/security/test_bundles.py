@@ -277,3 +277,16 @@ def test_odd_class_names_are_names(frozen: Path, photos: Path, copy_of: Callable
     rows = use(bundle, photos)
     assert {row["label"] for row in rows} <= set(odd)
     assert np.isfinite([row["probability"] for row in rows]).all()
+
+
+def test_a_link_out_of_a_bundle_is_not_pushed(frozen: Path, tmp_path: Path, copy_of: Callable[[Path], Path]):
+    from foveal.core.bundle import open_bundle
+    from foveal.ship.hub import contents
+
+    bundle = copy_of(frozen)
+    assert "README.md" in contents(open_bundle(bundle), None, True)
+    (tmp_path / "id_rsa").write_text("secret")
+    (bundle / "README.md").unlink()
+    (bundle / "README.md").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(FovealError, match="leads out of the Bundle"):
+        contents(open_bundle(bundle), None, True)

@@ -391,12 +391,12 @@ def list_backbones(filter: str | None = None) -> list[dict[str, Any]]:
 def locate(name: str) -> tuple[str, Path | None]:
     """Split what the user gave into an architecture and a local weights file."""
     arch, at, path = name.partition("@")
-    if at and (path.endswith((".safetensors", ".pth", ".pt", ".bin")) or Path(path).exists()):
+    if at and (path.endswith((".safetensors", ".pth", ".pt", ".bin")) or os.path.exists(path)):
         return arch, Path(os.path.expanduser(path))
     if not name.endswith((".safetensors", ".pth", ".pt", ".bin")):
         return name, None
     file = Path(os.path.expanduser(name))
-    if file.suffix == ".safetensors" and file.is_file():
+    if file.suffix == ".safetensors" and os.path.isfile(file):
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -406,7 +406,7 @@ def locate(name: str) -> tuple[str, Path | None]:
             raise BackboneError(f"cannot read weights from {file} ({error}): the file is damaged") from None
         if "architecture" in metadata:
             return metadata["architecture"], file
-    if not file.exists():
+    if not os.path.exists(file):
         raise BackboneError(f"no weights file {file}: give an existing .safetensors file, or a timm name")
     raise BackboneError(f"{file} does not say its architecture: write ARCH@{name}, ARCH being a timm name")
 

@@ -7,6 +7,7 @@ the Hugging Face Hub (unless offline). Only safetensors, or torch files that `we
 from __future__ import annotations
 
 import importlib.util
+import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -30,7 +31,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise BackboneError(f"no weights file {path}: give an existing .safetensors file")
     try:
         if path.suffix == ".safetensors":

@@ -16,6 +16,7 @@ from foveal.core.bundle import BundleFiles, atomic_folder, open_bundle, read_jso
 from foveal.core.errors import BundleError, FovealError, HubError, UsageError
 from foveal.core.folders import unwritable
 from foveal.core.progress import Progress
+from foveal.data.dataset import inside
 from foveal.evaluate.card import NO_LICENCE, markdown
 
 OWN: tuple[str, ...] = (
@@ -207,11 +208,15 @@ def push(
 
 def contents(bundle: BundleFiles, license: str | None, report: bool) -> dict[str, Path | bytes]:
     """What is sent: files as they are, except that texts name no folder of this machine and the card its licence."""
+    from huggingface_hub import constants
+
     sent: dict[str, Path | bytes] = {}
     for name in OWN:
         file = bundle.path / name
         if not file.is_file() or (name == "report.html" and not report):
             continue
+        if not inside(str(file), [bundle.path, constants.HF_HUB_CACHE]):
+            raise BundleError(f"{file} is a link that leads out of the Bundle: put a copy in its place")
         sent[name] = file
         if name in ("bundle.json", "README.md", "report.html"):
             text = without_paths(file.read_text(encoding="utf-8"), bundle.manifest)
