@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from foveal.core.errors import MissingExtra, UsageError
 from foveal.ship.serve.limits import CONNECTIONS, Settings
@@ -41,10 +42,10 @@ def bind(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError, UnicodeError) as error:
-        known = isinstance(error, OSError) and error.errno in errno.errorcode
+        code: Any = getattr(error, "errno", None)
+        reason = os.strerror(code) if code in errno.errorcode else error
         raise UsageError(
-            f"cannot listen on {host} port {port} ({os.strerror(error.errno) if known else error}): choose another "
-            "--port (0 for any that is free) or --host"
+            f"cannot listen on {host} port {port} ({reason}): choose another --port (0 for any that is free) or --host"
         ) from None
 
 
