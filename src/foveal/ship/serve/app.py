@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from foveal import __version__
 from foveal.core.bundle import open_bundle
 from foveal.core.errors import DataError
 from foveal.data.images import decode, to_pixels
@@ -34,6 +34,7 @@ from foveal.ship.serve.metrics import Metrics
 from foveal.ship.serve.refusal import Busy, Refused, fault, gone, refuse
 from foveal.ship.serve.schemas import Health, HeatMap, Model, Problem, Row
 
+VERSION = version("foveal")
 MEASURED = ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
 WORK_PROBLEMS = {400: "cannot be parsed", 408: "too slow", 413: "too large or too many", 415: "another type of body"}
 WORK_PROBLEMS |= {422: "no image in it, or none that can be decoded", 503: "too much to do; Retry-After says when"}
@@ -53,7 +54,7 @@ class Service:
         self.files = open_bundle(settings.bundle)
         self.runtime = open_runtime(settings.bundle)
         self.backbone = self.files.manifest["backbone"]["name"].partition("@")[0]
-        self.metrics = Metrics({"version": __version__, "backbone": self.backbone, "precision": self.runtime.precision})
+        self.metrics = Metrics({"version": VERSION, "backbone": self.backbone, "precision": self.runtime.precision})
         self.explainer = Explainer(settings, self.runtime)
         self.batcher: Batcher | None = None
 
@@ -144,7 +145,7 @@ class Service:
         manifest, runtime = self.files.manifest, self.runtime
         return {
             "name": self.settings.bundle.resolve().name,
-            "foveal": __version__,
+            "foveal": VERSION,
             "task": runtime.task,
             "classes": list(runtime.classes),
             "backbone": self.backbone,
@@ -235,7 +236,7 @@ def api(service: Service, site: Site) -> FastAPI:
 
     app = FastAPI(
         title="foveal",
-        version=__version__,
+        version=VERSION,
         description=f"Answers of the model {service.settings.bundle.resolve().name}.",
         docs_url=None,
         redoc_url=None,
