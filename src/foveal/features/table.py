@@ -271,10 +271,12 @@ def cached(cache: RowStore | None, sha: bytes) -> np.ndarray | None:
 def finish_table(
     folder: Path, about: About, shards: list[Shard], aside: list[list[str]], begun: float
 ) -> dict[str, Any]:
-    """Remove shards that no longer belong, write the totals to `table.json`, and give them."""
+    """Remove what no longer belongs, write the totals to `table.json`, and give them."""
     for path in folder.glob("part-*.parquet"):
         if int(path.stem.removeprefix("part-")) >= len(shards):
             path.unlink()
+    for left_over in folder.glob(".part-*.tmp"):  # of a run that was killed
+        left_over.unlink(missing_ok=True)
     totals = {
         "images": sum(shard.rows for shard in shards),
         "set_aside": len(aside) + sum(len(shard.set_aside) for shard in shards),
