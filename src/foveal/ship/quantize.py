@@ -241,7 +241,8 @@ def quantize(source: Path, target: Path, squares: Sequence[NDArray[np.uint8]], t
     observed = observe(model, squares, threads)
     quantizer = partial(symmetric, levels=127 if adds_in_32_bits() else 63)
     wanted = answers(model, squares, threads)
-    best, clipped, error = None, 0.0, np.inf
+    best: Any = None
+    clipped, error = 0.0, np.inf
     for share in CLIPPED:
         candidate = write_qdq(model, ranges_of(observed, share), observed.means, quantizer)
         far = distance(answers(candidate, squares, threads), wanted)
@@ -314,7 +315,10 @@ def write_qdq(
 
     def rounded(name: str) -> list[Any]:
         scale, zero = steps[chosen.grids[name]]
-        step = [constant(f"{name}/scale", np.float32(scale)), constant(f"{name}/zero", np.uint8(zero))]
+        step = [
+            constant(f"{name}/scale", np.array(scale, np.float32)),
+            constant(f"{name}/zero", np.array(zero, np.uint8)),
+        ]
         return [
             helper.make_node("QuantizeLinear", [name, *step], [f"{name}/codes"], name=f"{name}/round"),
             helper.make_node("DequantizeLinear", [f"{name}/codes", *step], [f"{name}/rounded"], name=f"{name}/decode"),

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foveal.core.errors import FovealError
+from foveal.core.task import Task
 from foveal.evaluate.metrics import measure
 from foveal.ship.runtime import FP32, VARIANTS, Runtime
 
@@ -125,7 +126,8 @@ class Judged:
         multi = runtime.task == "multi-label"
         best = probabilities.argmax(1)[:, None] == np.arange(len(runtime.classes))
         try:
-            found = measure(probabilities, held_out.labels, runtime.classes, runtime.task, resamples=0)
+            task: Task = "multi-label" if multi else "single-label"
+            found = measure(probabilities, held_out.labels, runtime.classes, task, resamples=0)
             balanced = found["balanced_accuracy"]["value"]
         except FovealError:  # probabilities that are not finite
             balanced = None
@@ -204,9 +206,7 @@ def faults_of(row: Mapping[str, Any], reference: Sequence[Mapping[str, Any]], ma
         faults.append(f"loses {row['drop']:.4f} of balanced accuracy, more than {max_drop:g}")
     for key, images in (("unknown_agreement", "held-out"), ("garbage_agreement", "garbage")):
         if row[key] < AGREEMENT:
-            faults.append(
-                f"decides alike on unknown for {row[key]:.1%} of {images} images, not {AGREEMENT:.0%}"
-            )
+            faults.append(f"decides alike on unknown for {row[key]:.1%} of {images} images, not {AGREEMENT:.0%}")
     return faults
 
 
