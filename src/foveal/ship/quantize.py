@@ -68,6 +68,8 @@ def constants(graph: Any) -> dict[str, Any]:
     for node in graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             found[node.output[0]] = node.attribute[0].t
+        elif node.op_type == "Identity" and node.input[0] in found:  # how equal tensors share one
+            found[node.output[0]] = found[node.input[0]]
     return found
 
 
@@ -353,9 +355,11 @@ def write_qdq(
         for name in node.output:
             if name in chosen.grids:
                 nodes += rounded(name)
+    for kind in ("Identity", "Constant"):
+        used = {name for node in nodes for name in node.input} | {output.name for output in graph.output}
+        nodes = [node for node in nodes if node.op_type != kind or node.output[0] in used]
     used = {name for node in nodes for name in node.input}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    nodes = [node for node in nodes if node.op_type != "Constant" or node.output[0] in used]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend([*kept, *made.values()])
