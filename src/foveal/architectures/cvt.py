@@ -36,24 +36,28 @@ from foveal.core.errors import BackboneError
 
 def to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """The last H W of tokens [B, P + H W, C] -> map [B, C, H, W]."""
-    return tokens[:, -size[0] * size[1] :].transpose(1, 2).reshape(-1, tokens.shape[2], *size).contiguous()
+    return tokens[:, -size[0] * size[1] :].transpose(1, 2).reshape(-1, tokens.shape[2], *size)
 
 
 class ConvProjection(nn.Module):
-    """Depthwise 3x3 convolution and batch norm: maps [B, C, H, W] -> tokens [B, N, C]."""
+    """Depthwise 3x3 convolution and batch norm: maps [B, C, H, W] -> tokens [B, N, C].
+
+    The norm sees [B, C, N]: behind a 2-D norm, torch 2.15 gets the gradients of a single image wrong on a CPU when they
+    come back in the order of tokens.
+    """
 
     def __init__(self, dim: int, stride: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, stride, 1, groups=dim, bias=False)
-        self.bn: nn.Module = nn.BatchNorm2d(dim)
+        self.bn: nn.Module = nn.BatchNorm1d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.bn(self.conv(x).flatten(2)).transpose(1, 2)
 
     @torch.no_grad()
     def reparameterize(self) -> None:
         """Fold the batch norm, as it is in eval mode, into the convolution."""
-        if not isinstance(self.bn, nn.BatchNorm2d):
+        if not isinstance(self.bn, nn.BatchNorm1d):
             return
         assert self.bn.running_mean is not None
         assert self.bn.running_var is not None

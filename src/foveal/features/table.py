@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,6 +29,12 @@ from foveal.features.session import Session, cpu_threads
 FORMAT = 1
 ROW_GROUP = 1024
 KEPT = b"foveal"
+STORAGE = {
+    "compression": {"id": "zstd", "label": "zstd", "split": "zstd", "sha256": "none", "features.list.element": "none"},
+    "use_dictionary": ["label", "split"],
+    "write_statistics": ["id", "label", "split"],
+}
+"""How columns are written: names are compressed, hashes and features are not worth it."""
 
 
 @dataclass(frozen=True)
@@ -154,9 +160,7 @@ def write_shard(
         with pq.ParquetWriter(
             staging,
             schema,
-            compression={"id": "zstd", "label": "zstd", "split": "zstd", "sha256": "none", FEATURES: "none"},
-            use_dictionary=["label", "split"],
-            write_statistics=["id", "label", "split"],
+            **cast(Any, STORAGE),
         ) as writer:
             waiting: list[Part] = []
 
@@ -190,9 +194,6 @@ def write_shard(
             writer.add_key_value_metadata({KEPT.decode(): json.dumps(kept)})
         size = staging.stat().st_size
     return Shard(written, set_aside, kept["classes"], size, False)
-
-
-FEATURES = "features.list.element"
 
 
 def schema_of(about: About) -> Any:

@@ -31,6 +31,7 @@ from foveal.core.progress import Progress
 from foveal.data.dataset import Dataset, Files, Memory
 from foveal.data.open import open_dataset
 from foveal.data.pieces import Listed, Piece, Pieces
+from foveal.data.scan import SCAN
 from foveal.features.extract import Extraction
 from foveal.features.session import Session, cpu_threads, feature_session
 from foveal.features.table import About, Shard, read_shard, shard_path, write_shard
@@ -72,7 +73,7 @@ def cluster(address: str) -> Generator[Any]:
     knock(address)
     here: dict[str, Any] = {"num_cpus": cpu_threads(), "include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address, log_to_driver=False, logging_level="ERROR", **here)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **here)
     except Exception as error:  # ConnectionError, RuntimeError, TimeoutError and others, by what failed
         raise unreachable(address, error) from None
     try:
@@ -176,7 +177,7 @@ class Shipped:
                 )
             there = found.subset([row_of[name] for name in self.ids])
             dataset = Dataset(self.name, self.ids, self.labels, self.classes, self.task, None, there.source)
-        extraction = Extraction(cast(Any, self.X), np.zeros(0), [], {}, "ray", 1, 0)
+        extraction = Extraction(cast(Any, self.X), np.zeros(0, SCAN), [], {}, "ray", 1, 0)
         backbone = rebuild_backbone(self.backbone, dict(self.tensors))
         return Prepared(dataset, backbone, extraction, self.groups, str(self.source))
 

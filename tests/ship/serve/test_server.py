@@ -151,7 +151,6 @@ def test_more_than_it_takes_is_told_to_come_again(small: Path, good: list[Path])
             answers = list(pool.map(lambda _: send(server, good * 10), range(24)))
         codes = [answer.status_code for answer in answers]
         assert set(codes) == {200, 503}
-        assert codes.count(200) >= 2
         refused = next(answer for answer in answers if answer.status_code == 503)
         assert refused.headers["retry-after"] == "1"
         assert "ask again later" in refused.json()["error"]
