@@ -244,7 +244,7 @@ def narrowed(source: Source, rows: np.ndarray) -> Source:
     if isinstance(source, SourceRows):
         return narrowed(source.source, source.rows[rows])
     if isinstance(source, Files):
-        return Files(source.root, [source.paths[row] for row in rows.tolist()])
+        return Files(source.root, [source.paths[int(row)] for row in rows])
     if isinstance(source, Memory):
         return Memory([source.images[row] for row in rows])
     return SourceRows.of(source, rows)
