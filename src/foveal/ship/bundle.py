@@ -149,6 +149,16 @@ class Bundle:
                 "restore the folder or fit again"
             ) from None
 
+    def labels_of(self, dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+        """Labels of some images in this Bundle's order of classes, of which the data may have only some: int64 [n], or
+        uint8 [n, C] of 0 and 1."""
+        place = np.array([self.classes.index(name) for name in dataset.classes])
+        if self.task == "single-label":
+            return place[dataset.labels[rows]]
+        labels = np.zeros((len(rows), len(self.classes)), np.uint8)
+        labels[:, place] = dataset.labels[rows]
+        return labels
+
     def to_dict(self) -> dict[str, Any]:
         return {"bundle": str(self.path), "metrics": self.metrics, "cost": self.cost}
 

@@ -139,13 +139,9 @@ def labelled_images(bundle: Bundle, data: str | None, progress: Progress) -> tup
     squares, rows = squares_of(bundle, dataset, np.flatnonzero(splits == "test"), HELD_OUT)
     if not calibrating or not squares:
         raise UsageError(f"{dataset.name} has no readable images to calibrate or to judge on: name others with --data")
-    place = np.array([bundle.classes.index(name) for name in dataset.classes])
-    if bundle.task == "single-label":
-        labels = place[dataset.labels[rows]]
-    else:
-        labels = np.zeros((len(rows), len(bundle.classes)), np.uint8)
-        labels[:, place] = dataset.labels[rows]
-    held_out = HeldOut(np.stack(squares), labels, garbage(GARBAGE, bundle.preprocessing.size, 0))
+    held_out = HeldOut(
+        np.stack(squares), bundle.labels_of(dataset, rows), garbage(GARBAGE, bundle.preprocessing.size, 0)
+    )
     return (
         calibrating,
         f"{len(calibrating)} training images of {dataset.name}",

@@ -55,13 +55,7 @@ def evaluate(
     kept = np.setdiff1d(np.arange(len(dataset)), list(errors))
     if len(kept) == 0:
         raise DataError(f"none of the {len(dataset)} images of {dataset.name} can be decoded")
-    place = np.array([model.classes.index(name) for name in dataset.classes])
-    if model.task == "single-label":
-        labels = place[dataset.labels[kept]]
-    else:
-        labels = np.zeros((len(kept), len(model.classes)), np.uint8)
-        labels[:, place] = dataset.labels[kept]
-    metrics = measure(probabilities[kept], labels, model.classes, model.task)
+    metrics = measure(probabilities[kept], model.labels_of(dataset, kept), model.classes, model.task)
     metrics["unknown_rate"] = float((scores[kept] > model.threshold).mean())
     metrics["set_aside"] = [[dataset.ids[row], errors[row]] for row in sorted(errors)] + [
         list(item) for item in dataset.set_aside
