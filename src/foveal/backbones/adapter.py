@@ -64,11 +64,13 @@ class Backbone(nn.Module):
         preprocessing: what is done to an image first.
         width: D, the length of a feature vector.
         origin: where the weights came from.
+        changes: what was done to its structure since, in words that tell one change from another.
     """
 
     def __init__(self, plan: Plan, model: nn.Module | None = None, tensors: dict[str, Tensor] | None = None) -> None:
         super().__init__()
         self.plan = plan
+        self.changes = ""
         self._tensors = tensors
         if model is not None:
             self.__dict__["_modules"]["model"] = model
@@ -228,6 +230,7 @@ class Backbone(nn.Module):
         digest = hashlib.sha256()
         plan = self.plan
         digest.update(json.dumps([plan.arch, plan.args, plan.preprocessing.to_dict()], sort_keys=True).encode())
+        digest.update(self.changes.encode())
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -46,6 +46,14 @@ class StoredMethod(Stored):
     options: dict[str, Any]
 
 
+class StoredStep(Stored):
+    """A method that changed the structure of a model, and what rebuilds it; the method checks its plan itself."""
+
+    name: str
+    options: dict[str, Any]
+    plan: dict[str, Any]
+
+
 class StoredData(Stored):
     name: str
     source: str
@@ -59,6 +67,9 @@ class Manifest(Stored):
     classes: Annotated[list[str], Field(min_length=1)]
     backbone: StoredBackbone
     method: StoredMethod
+    steps: Annotated[list[StoredStep], Field(max_length=16)] = []
+    head: dict[str, list[Annotated[int, Field(ge=1, le=2**24)]]] = {}
+    """With steps: the shapes of the head's tensors before the first of them."""
     data: StoredData
     why: str
     request: dict[str, Any]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +22,7 @@ from foveal.backbones.adapter import Backbone, normalise, rebuild_backbone
 from foveal.core import catalogue
 from foveal.core.bundle import BundleFiles, open_bundle
 from foveal.core.errors import BundleError, DataError
+from foveal.core.families.shrink import Shrink
 from foveal.core.method import Adapt, Classifier, Task
 from foveal.core.options import parse_options
 from foveal.core.preprocessing import Preprocessing
@@ -38,6 +41,9 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=nn.Module)
 CHUNK = 1024
+SMALLEST = 1 / 64
+"""How little of an architecture's numbers a shrunk model may hold; a smaller one is not opened, for the architecture is
+built before it is shrunk, and takes memory."""
 
 
 def save_weights(model: Calibrated, path: Path) -> None:
@@ -119,6 +125,30 @@ class Bundle:
         return method
 
     @cached_property
+    def steps(self) -> list[tuple[Shrink, dict[str, Any]]]:
+        """The methods that changed the model's structure, in order, and their plans."""
+        found: list[tuple[Shrink, dict[str, Any]]] = []
+        for step in self.manifest.get("steps", []):
+            cls = catalogue.get(step["name"])
+            method = cls(parse_options(cls.Options, step["options"], step["name"]))
+            if not isinstance(method, Shrink):
+                raise BundleError(f"Bundle {self.path} names {method.name} as a step, which changes no structure")
+            found.append((method, step["plan"]))
+        return found
+
+    @property
+    def head_shapes(self) -> dict[str, torch.Size]:
+        """Shapes of the tensors of the head that the method made, before any step."""
+        if self.steps:
+            return {name: torch.Size(shape) for name, shape in self.manifest["head"].items()}
+        return shapes(self.model.classifier.head.state_dict())
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights, calibration and metrics: what a Bundle made from this one names as its parent."""
+        return hashlib.sha256(json.dumps(self.manifest["sha256"], sort_keys=True).encode()).hexdigest()[:32]
+
+    @cached_property
     @torch.inference_mode(False)  # its tensors can take part in gradients, whoever looks first
     def model(self) -> Calibrated:
         """The torch model: normalised images [B, 3, H, W] -> (probabilities [B, C], unknown score [B])."""
@@ -127,15 +157,14 @@ class Bundle:
             weights = load_file(path)
             head, score = part(weights, "classifier.head."), part(weights, "ood.")
             described, name = self.manifest["backbone"], self.calibration["unknown"]["name"]
-            if self.method.reads_features():
+            if self.method.reads_features() and not self.steps:
                 backbone = rebuild_backbone(described, part(weights, "classifier.backbone.model."))
                 classifier = Classifier(backbone, filled(self.method.head(shapes(head)), head))
             else:
                 held = sum(tensor.numel() for tensor in weights.values())
-                attached = self.method.attach(rebuild_backbone(described, most=held), len(self.classes))
-                classifier = filled(self.method.finish(attached), part(weights, "classifier."))
+                classifier = filled(self.structure(held), part(weights, "classifier."))
             unknown = filled(empty_score(name, shapes(score)), score)
-            fits = classifier.head(torch.zeros(1, described["width"])).shape
+            fits = classifier.head(torch.zeros(1, cast(Backbone, classifier.backbone).width)).shape
             if fits != (1, len(self.classes)):
                 raise RuntimeError(f"the head answers {fits[1]} classes, expected {len(self.classes)}")
             temperature = float(weights["temperature"])
@@ -148,6 +177,26 @@ class Bundle:
                 f"the weights of Bundle {self.path} do not fit its bundle.json ({reason}): "
                 "restore the folder or fit again"
             ) from None
+
+    def structure(self, held: int) -> Classifier:
+        """The classifier with random weights, after all steps.
+
+        Args:
+            held: how many numbers its weights file holds.
+        """
+        described, most = self.manifest["backbone"], int(held / SMALLEST) if self.steps else held
+        if not self.method.reads_features():
+            backbone = rebuild_backbone(described, most=most)
+            classifier = self.method.finish(self.method.attach(backbone, len(self.classes)))
+        else:
+            if sum(shape.numel() for shape in self.head_shapes.values()) > most:
+                raise BundleError(f"the head had more than {most:,} numbers, the weights hold {held:,}")
+            backbone = rebuild_backbone(described, most=most)
+            classifier = Classifier(backbone, self.method.head(self.head_shapes))
+        for method, plan in self.steps:
+            classifier = method.rebuild(classifier, plan)
+        cast(Backbone, classifier.backbone).changes = json.dumps(self.manifest.get("steps", []), sort_keys=True)
+        return classifier
 
     def labels_of(self, dataset: Dataset, rows: np.ndarray) -> np.ndarray:
         """Labels of some images in this Bundle's order of classes, of which the data may have only some: int64 [n], or
@@ -217,7 +266,7 @@ class Bundle:
         n = len(dataset)
         probabilities = np.full((n, len(self.classes)), np.nan, np.float32)
         scores = np.full(n, np.nan, np.float32)
-        if self.method.reads_features():
+        if self.method.reads_features() and not self.steps:
             found = extract(dataset, cast(Backbone, self.model.classifier.backbone), device=device, progress=progress)
             errors = found.errors
             for start in range(0, n, CHUNK):

@@ -1,0 +1,1 @@
+"""Base classes of the families of methods, one file each."""
