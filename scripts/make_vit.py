@@ -36,7 +36,7 @@ from foveal.core.seeds import generator, seed_everything
 from foveal.data.dataset import Dataset
 from foveal.data.open import open_dataset
 from foveal.data.worlds import KINDS, grid, noise
-from foveal.train.loop import train
+from foveal.train.classify import train_classifier
 
 SIDE = 256
 PROCEDURAL, TEXTILES = 800, 100
@@ -235,11 +235,11 @@ def main() -> None:
 
     def tell(event: Mapping[str, Any]) -> None:
         if event["event"] == "step" and event["step"] % 20 == 0:
-            told = (event["step"], event["steps"], event["loss"], event["images_per_second"])
+            told = (event["step"], event["steps"], event["loss"], event["examples_per_second"])
             print("step {} of {}: loss {:.4f}, {:.0f} views a second".format(*told), file=sys.stderr, flush=True)
 
     rows = np.arange(given.views)
-    done = train(
+    done = train_classifier(
         taught, pupil, views, backbone.preprocessing, views.labels, rows, rows[:0], torch.ones(1), 0,
         recipe=taught.recipe(), device="auto", work=given.work, on_event=tell,
     )  # fmt: skip

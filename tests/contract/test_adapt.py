@@ -29,7 +29,7 @@ from foveal.evaluate.calibration import Calibrated
 from foveal.evaluate.ood import choose_ood
 from foveal.ship.bundle import save_weights
 from foveal.ship.export import export_onnx
-from foveal.train.loop import train
+from foveal.train.classify import train_classifier
 
 SIZE, CLASSES, IMAGES = 64, 3, 18
 METHODS = catalogue.names("adapt")
@@ -91,7 +91,7 @@ def make(method: Adapt, base: Backbone, work: Path, stop_after: int | None = Non
     torch.manual_seed(3)
     model = method.attach(base, CLASSES)
     recipe = dataclasses.replace(method.recipe(), epochs=2, batch_size=6)
-    return train(
+    return train_classifier(
         method, model, DATA, base.preprocessing, DATA.labels, ROWS, ROWS[:0], torch.ones(CLASSES), 3,
         recipe=recipe, device="cpu", work=work, on_event=cut,
     ).model  # fmt: skip

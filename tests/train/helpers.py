@@ -15,7 +15,8 @@ from foveal.core.method import Adapt, Classifier, Recipe
 from foveal.core.preprocessing import Preprocessing
 from foveal.core.seeds import derive, seed_everything
 from foveal.data.dataset import Dataset, Memory
-from foveal.train.loop import TrainResult, train
+from foveal.train.classify import train_classifier
+from foveal.train.events import TrainResult
 
 SMALL = Preprocessing(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "bilinear", 0.875)
 ROWS, ROWS_VAL = np.arange(24), np.arange(24, 36)
@@ -75,7 +76,7 @@ def run(work: Path, recipe: Recipe, seed: int = 0, **extra: Any) -> TrainResult:
     model = method.attach(extra.pop("body", Body)(), len(dataset.classes))
     weights = torch.ones(len(dataset.classes))
     rows, rows_val = extra.pop("rows", ROWS), extra.pop("rows_val", ROWS_VAL)
-    return train(
+    return train_classifier(
         method, model, dataset, SMALL, dataset.labels, rows, rows_val, weights, seed,
         recipe=recipe, work=work, **{"device": "cpu", **extra},
     )  # fmt: skip

@@ -9,10 +9,12 @@ from safetensors import safe_open
 from tests.train.helpers import ROWS, ROWS_VAL, SMALL, Body, Plain, run, same_bits, state, tiny_dataset
 
 from foveal.core.errors import FovealError, UsageError
-from foveal.core.method import Classifier, Recipe, classification_loss
+from foveal.core.method import Classifier, Recipe, Trained, classification_loss
 from foveal.core.seeds import derive, seed_everything
-from foveal.train import checkpoint, loop
-from foveal.train.loop import predict_logits
+from foveal.train import checkpoint, classify, loop
+from foveal.train.classify import predict_logits, train_classifier
+from foveal.train.events import TrainResult
+from foveal.train.feed import Feed
 
 RECIPE = Recipe(epochs=3, batch_size=8, lr=0.01, augment="light")
 
@@ -43,7 +45,7 @@ def test_the_caller_generator_is_left_alone(tmp_path: Path) -> None:
     model = Plain(RECIPE).attach(Body(), 2)
     before = torch.get_rng_state()
     data = tiny_dataset()
-    loop.train(
+    train_classifier(
         Plain(RECIPE), model, data, SMALL, data.labels, ROWS, ROWS_VAL, torch.ones(2), 0,
         recipe=RECIPE, work=tmp_path, device="cpu",
     )  # fmt: skip
@@ -130,9 +132,9 @@ def test_out_of_memory_halves_the_pass_but_not_the_batch(tmp_path: Path) -> None
     events: list[dict] = []
     tight = run(tmp_path / "b", recipe, body=Smooth, method=Tight(recipe), on_event=events.append)
     told = [event["message"] for event in events if event["event"] == "message"]
-    assert [text[:37] for text in told] == [
-        "out of memory: going on with 4 images",
-        "out of memory: going on with 2 images",
+    assert [text[:39] for text in told] == [
+        "out of memory: going on with 4 examples",
+        "out of memory: going on with 2 examples",
     ]
     assert sum(event["event"] == "step" for event in events) == 6
     for one, other in zip(state(whole).values(), state(tight).values(), strict=True):
@@ -144,7 +146,7 @@ def test_one_image_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
         def loss(self, model, batch):
             raise torch.cuda.OutOfMemoryError("too much")
 
-    with pytest.raises(FovealError, match=r"one image of 16 pixels does not fit .* choose a smaller backbone"):
+    with pytest.raises(FovealError, match=r"one example alone does not fit .* choose a smaller backbone"):
         run(tmp_path, RECIPE, method=Hopeless(RECIPE))
 
 
@@ -204,8 +206,8 @@ def test_predictions_are_the_models_own_and_leave_it_as_it_was(tmp_path: Path) -
     logits, features = predict_logits(model, data, ROWS, SMALL, device="cpu", batch=7)
     assert model.training
     assert torch.equal(statistics, body[1].state_dict()["running_mean"])
-    pixels = np.stack([loop.to_pixels(data.image(int(row)), SMALL) for row in ROWS])
-    expected = model.eval().features(loop.normalise(torch.from_numpy(pixels), SMALL))
+    pixels = np.stack([classify.to_pixels(data.image(int(row)), SMALL) for row in ROWS])
+    expected = model.eval().features(classify.normalise(torch.from_numpy(pixels), SMALL))
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits, model.head(expected), atol=1e-5, rtol=1e-5)
 
@@ -220,8 +222,8 @@ def test_train_loss_is_the_mean_over_images(tmp_path: Path) -> None:
 
     result = run(tmp_path, recipe, body=Dry)
     data = tiny_dataset()
-    pixels = torch.from_numpy(np.stack([loop.to_pixels(data.image(int(row)), SMALL) for row in ROWS]))
-    logits = result.model.train()(loop.normalise(pixels, SMALL))
+    pixels = torch.from_numpy(np.stack([classify.to_pixels(data.image(int(row)), SMALL) for row in ROWS]))
+    logits = result.model.train()(classify.normalise(pixels, SMALL))
     batch = {"labels": torch.from_numpy(data.labels[ROWS]), "class_weights": torch.ones(2)}
     assert result.history[0]["train_loss"] == pytest.approx(classification_loss(logits, batch).item(), abs=1e-5)
     assert math.isfinite(result.history[0]["val_loss"])
@@ -247,8 +249,8 @@ def test_agrees_with_a_loop_written_out(tmp_path: Path) -> None:
     seed_everything(derive(0, "init"))
     model = Plain(recipe).attach(Dry(), 2)
     data = tiny_dataset()
-    pixels = torch.from_numpy(np.stack([loop.to_pixels(data.image(int(row)), SMALL) for row in ROWS]))
-    images, labels = loop.normalise(pixels, SMALL), torch.from_numpy(data.labels[ROWS])
+    pixels = torch.from_numpy(np.stack([classify.to_pixels(data.image(int(row)), SMALL) for row in ROWS]))
+    images, labels = classify.normalise(pixels, SMALL), torch.from_numpy(data.labels[ROWS])
     optimizer = torch.optim.AdamW(Plain(recipe).parameter_groups(model, recipe), lr=0.01)
     for share in (0.5, 1.0):  # half of the steps warm up; the cosine starts at its top
         for group in optimizer.param_groups:
@@ -293,3 +295,60 @@ def test_bfloat16_only_where_it_pays(monkeypatch) -> None:
     assert loop.autocast_dtype(cpu, narrow) is None
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     assert loop.autocast_dtype(cpu, wide) is None
+
+
+class Points(Feed):
+    """Numbers x and 3 x + 1, with noise."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def example(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        x = np.float32(index / 40)
+        return {"x": x[None], "y": np.array([3 * x + 1 + rng.normal(0, 0.01)], np.float32)}
+
+    def batches(self, size: int, seed: int, epoch: int) -> list[np.ndarray]:
+        whole = super().batches(size, seed, epoch)
+        return whole if epoch == 0 or seed == 0 else whole[1:]
+
+    def ready(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**batch, "scale": torch.tensor(2.0)}
+
+    def fingerprint(self) -> str:
+        return "points"
+
+
+class Line(Trained):
+    name = "line"
+
+    def loss(self, model, batch):
+        return {"loss": batch["scale"] * (model(batch["x"]) - batch["y"]).square().mean()}
+
+    def finish(self, model):
+        return torch.nn.Sequential(model, torch.nn.Flatten(0))
+
+
+def test_any_module_learns_from_any_data(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=150, batch_size=10, lr=0.1, weight_decay=0.0)
+    slopes: list[float] = []
+
+    def validate(model: torch.nn.Linear) -> dict[str, float]:
+        assert not model.training
+        slopes.append(float(model.weight.detach()))
+        return {"slope": slopes[-1]}
+
+    def line(work: str, seed: int = 0, **extra) -> TrainResult:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(1, 1)
+        return loop.train(
+            Line(), model, Points(), seed, recipe=recipe, device="cpu", work=tmp_path / work, validate=validate, **extra
+        )
+
+    done = line("a")
+    assert done.model[0].weight.item() == pytest.approx(3, abs=0.05)
+    assert done.model[0].bias.item() == pytest.approx(1, abs=0.05)
+    assert [record["slope"] for record in done.history] == slopes
+    line("b", budget_s=1e-9)
+    assert same_bits(state(done), state(line("b")))
+    with pytest.raises(ValueError, match="3 batches in one epoch and 4 in another"):
+        line("c", seed=1)

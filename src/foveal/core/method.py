@@ -110,7 +110,40 @@ class Recipe:
     label_smoothing: float = 0.0
 
 
-class Adapt(Method):
+class Trained(Method):
+    """A method that the loop trains: how, with which loss, and what to do after a step and at the end.
+
+    What is trained is any module; what a batch holds is up to the `Feed` it comes from.
+    """
+
+    def recipe(self) -> Recipe:
+        """How the loop should train: the options that have a Recipe field's name."""
+        chosen = options_to_dict(self.options)
+        return Recipe(**{field.name: chosen[field.name] for field in fields(Recipe) if field.name in chosen})
+
+    def parameter_groups(self, model: Any, recipe: Recipe) -> list[dict[str, Any]]:
+        """Optimiser groups: no weight decay on vectors (biases, norms), by default."""
+        decay = [p for _, p in trainable(model) if p.ndim > 1]
+        plain = [p for _, p in trainable(model) if p.ndim <= 1]
+        groups = [
+            {"params": decay, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
+            {"params": plain, "lr": recipe.lr, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def loss(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Loss of one batch: 'loss', the mean over its examples, and any parts worth plotting."""
+        raise UsageError(f"{self.name} has no loss: it is not trained")
+
+    def after_step(self, model: Any, step: int) -> None:
+        """Called after each optimiser step."""
+
+    def finish(self, model: Any) -> Any:
+        """Trained module -> the one to keep (merge adapters, drop what only training needs)."""
+        return model
+
+
+class Adapt(Trained):
     """Backbone + labelled images -> classifier.
 
     A method that reads frozen features overrides `fit_features` (and `head`, when its head is not an
@@ -141,34 +174,12 @@ class Adapt(Method):
         `requires_grad_(False)`, add modules, but call nothing of its trainer."""
         raise UsageError(f"{self.name} does not train through the backbone")
 
-    def recipe(self) -> Recipe:
-        """How the loop should train what `attach` returned: the options that have a Recipe field's name."""
-        chosen = options_to_dict(self.options)
-        return Recipe(**{field.name: chosen[field.name] for field in fields(Recipe) if field.name in chosen})
-
-    def parameter_groups(self, model: Classifier, recipe: Recipe) -> list[dict[str, Any]]:
-        """Optimiser groups: no weight decay on vectors (biases, norms), by default."""
-        decay = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-        plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [
-            {"params": decay, "lr": recipe.lr, "weight_decay": recipe.weight_decay},
-            {"params": plain, "lr": recipe.lr, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
-
     def loss(self, model: Classifier, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Loss of one batch: 'loss', and any parts worth plotting.
 
         `batch` has images [B, 3, H, W], labels [B] or [B, C], and class_weights [C].
         """
         return {"loss": classification_loss(model(batch["images"]), batch, self.recipe().label_smoothing)}
-
-    def after_step(self, model: Classifier, step: int) -> None:
-        """Called after each optimiser step."""
-
-    def finish(self, model: Classifier) -> Classifier:
-        """Trained classifier -> the one to keep (merge adapters, drop what only training needs)."""
-        return model
 
     @classmethod
     def reads_features(cls) -> bool:

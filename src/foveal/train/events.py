@@ -9,21 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveal.core.method import Classifier
-
 Event = dict[str, Any]
-"""`step` events: step, steps, epoch, loss, lr, images_per_second. `epoch` events: epoch (1-based; a fraction when a
-budget ended training inside one), step, train_loss, val_loss, val_balanced_accuracy, lr, seconds. `message` events:
-message, one line that a person should see. The key `event` says which."""
+"""`step` events: step, steps, epoch, loss, lr, examples_per_second. `epoch` events: epoch (1-based; a fraction when a
+budget ended training inside one), step, train_loss, lr, seconds, and what validation measured (val_loss and
+val_balanced_accuracy of classifiers). `message` events: message, one line that a person should see. The key `event`
+says which."""
 
 Listener = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A trained classifier, on the CPU and in eval mode, and one `epoch` event per epoch."""
+    """A trained module, on the CPU and in eval mode, and one `epoch` event per epoch."""
 
-    model: Classifier
+    model: Any
     history: list[Event] = field(default_factory=list)
     epochs_done: float = 0.0
     stopped_by_budget: bool = False

@@ -1,4 +1,4 @@
-"""The only training loop. Accelerate underneath; resumes bit by bit from any kill.
+"""The only training loop, for any module and any data. Accelerate underneath; resumes bit by bit from any kill.
 
 Whatever is random in step n follows from (seed, n): order and augmentation through NumPy generators, dropout and
 drop-path through torch's, seeded anew before each step. A checkpoint is tensors and step numbers.
@@ -22,19 +22,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from foveal.backbones.adapter import normalise
 from foveal.core.errors import FovealError, UsageError
-from foveal.core.method import Adapt, Classifier, Recipe, classification_loss
+from foveal.core.method import Recipe, Trained
 from foveal.core.options import options_to_dict
-from foveal.core.preprocessing import Preprocessing
 from foveal.core.seeds import derive, generator
-from foveal.data.dataset import Dataset
-from foveal.data.images import to_pixels
 from foveal.train import checkpoint
-from foveal.train.batches import ahead, augment, epoch_batches, stacked
-from foveal.train.events import Event, Listener, TrainResult, balanced_accuracy, silent
+from foveal.train.batches import ahead
+from foveal.train.events import Event, Listener, TrainResult, silent
+from foveal.train.feed import Feed, stacked
 from foveal.train.optim import make_optimizer, rate, set_rate
-from foveal.train.processes import accelerator_for, dealt_back, shared_statistics, told_when_lost
+from foveal.train.processes import accelerator_for, shared_statistics, told_when_lost
 
 SAVE_EVERY_S = 20.0
 WORKERS = min(8, os.cpu_count() or 1)
@@ -49,58 +46,54 @@ class Position:
     step: int = 0
     elapsed: float = 0.0
     micro: int = 0
-    """Images per forward pass; smaller than the recipe's batch when that did not fit into memory."""
+    """Examples per forward pass; smaller than the recipe's batch when that did not fit into memory."""
     loss_sum: float = 0.0
-    """Of the running epoch, weighted by images."""
+    """Of the running epoch, weighted by examples."""
     seen: int = 0
     history: list[Event] = field(default_factory=list)
 
 
 def train(
-    method: Adapt,
-    model: Classifier,
-    dataset: Dataset,
-    preprocessing: Preprocessing,
-    labels: np.ndarray,
-    indices_train: np.ndarray,
-    indices_val: np.ndarray,
-    class_weights: Tensor,
+    method: Trained,
+    model: nn.Module,
+    feed: Feed,
     seed: int,
     *,
     recipe: Recipe,
     device: str = "auto",
     work: Path,
     budget_s: float | None = None,
+    validate: Callable[[Any], dict[str, float]] | None = None,
     on_event: Listener = silent,
 ) -> TrainResult:
-    """Train what a method attached, from where `work` left off.
+    """Train a module by a method's loss, from where `work` left off.
 
     The weights after the last step are kept: neither validation nor test data choose among epochs. With a budget,
     training ends after the step in which it ran out; seconds spent before a kill count.
 
     Args:
         method: gives parameter groups, loss, and what to do after a step and at the end.
-        model: belongs to the loop from here on; trained in place.
-        labels: of all images of `dataset`: int64 [n], or uint8 [n, C] of 0 and 1.
-        indices_train, indices_val: rows of `dataset` to learn from, and to measure after each epoch (may be empty).
-        class_weights: [C], float32.
+        model: belongs to the loop from here on; trained in place. What must not change in it has no gradients, and
+            stays in eval mode by itself.
+        feed: the examples, their order and what a batch of them holds.
         seed: rules order, augmentation and dropout. Equal calls give equal weights on one machine.
         device: 'auto', 'cpu' or 'cuda'.
         work: folder of the checkpoint. The same call with the same folder goes on after a kill and ends with the
             same bits; a checkpoint of another call is told by an event and replaced.
         budget_s: seconds, or None for all epochs.
+        validate: called with the model in eval mode after each epoch; its figures join the epoch's record.
 
     Raises:
-        FovealError: the loss is not finite, one image alone does not fit into memory, or `work` cannot be written.
-        UsageError: nothing to train on, nothing to train, no such device, or more processes than images in a batch.
+        FovealError: the loss is not finite, one example alone does not fit into memory, or `work` cannot be written.
+        UsageError: nothing to train on, nothing to train, no such device, or more processes than examples in a batch.
     """
-    if len(indices_train) == 0:
-        raise UsageError(f"{method.name} got no training images: expected at least one per class")
+    if len(feed) == 0:
+        raise UsageError(f"{method.name} got nothing to train on: expected at least one example")
     accelerator = accelerator_for(device)
     target = choose_device(device, accelerator)
     place(model, target)
     optimizer = make_optimizer(checked_groups(method, model, recipe), recipe)
-    position = Position(signature_of(method, model, dataset, labels, indices_train, class_weights, seed, recipe))
+    position = Position(signature_of(method, model, feed, seed, recipe))
     found = checkpoint.load(work, position.signature, model, optimizer)
     if isinstance(found, dict):
         position = Position(**found)
@@ -109,8 +102,8 @@ def train(
     check_same_start(position.step, work, accelerator)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     state = Run(
-        method, model, wrapped, prepared, accelerator, target, dataset, preprocessing, labels,
-        indices_train, indices_val, class_weights.to(target), seed, recipe, work, budget_s, on_event, position,
+        method, model, wrapped, prepared, accelerator, target, feed, seed, recipe, work, budget_s, validate, on_event,
+        position,
     )  # fmt: skip
     devices = [target.index or 0] if target.type == "cuda" else []
     patches = grouped_in_float32(model), shared_statistics(model, accelerator)
@@ -127,35 +120,32 @@ def train(
 class Run:
     """One call of `train`, taken apart into steps."""
 
-    method: Adapt
-    model: Classifier
+    method: Trained
+    model: nn.Module
     wrapped: Any
     """The model as Accelerate prepared it: itself, or wrapped for several processes."""
     optimizer: Any
     accelerator: Accelerator
     device: torch.device
-    dataset: Dataset
-    preprocessing: Preprocessing
-    labels: np.ndarray
-    rows: np.ndarray
-    rows_val: np.ndarray
-    class_weights: Tensor
+    feed: Feed
     seed: int
     recipe: Recipe
     work: Path
     budget_s: float | None
+    validate: Callable[[Any], dict[str, float]] | None
     on_event: Listener
     position: Position
 
     def __post_init__(self) -> None:
         self.history = list(self.position.history)
         self.position.micro = self.position.micro or self.recipe.batch_size
-        batches = epoch_batches(len(self.rows), self.recipe.batch_size, self.seed, 0)
+        batches = self.feed.batches(self.recipe.batch_size, self.seed, 0)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        if len(batches[-1]) < self.world:
+        smallest = min(map(len, batches))
+        if smallest < self.world:
             raise UsageError(
-                f"{self.world} processes share batches of {len(batches[-1])} images: start fewer processes, or choose "
-                f"a larger batch_size than {self.recipe.batch_size}"
+                f"{self.world} processes share batches of {smallest} examples: start fewer processes, or choose a "
+                f"larger batch_size than {self.recipe.batch_size}"
             )
         self.steps_per_epoch = len(batches)
         self.steps = self.recipe.epochs * self.steps_per_epoch
@@ -166,42 +156,46 @@ class Run:
     def go(self) -> bool:
         """All remaining steps. Returns whether the budget ended them early."""
         while self.position.step < self.steps:
-            for batch in self.epoch():
+            for batch, size in self.epoch():
                 if self.position.step and self.out_of_time():
                     self.save()
                     if self.position.seen:
                         self.measure(self.position.step / self.steps_per_epoch)
                     return True
-                self.train_step(batch)
+                self.train_step(batch, size)
                 if self.position.step % self.steps_per_epoch == 0:
                     self.end_epoch()
                 elif time.monotonic() - self.saved_at > SAVE_EVERY_S:
                     self.save()
         return False
 
-    def epoch(self) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """(pixels uint8 [b, S, S, 3], rows [b], batch size) of each step left in the running epoch; b is this
-        process's share of the batch."""
+    def epoch(self) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """(stacked examples [b, ...], batch size) of each step left in the running epoch; b is this process's share
+        of the batch."""
         number, done = divmod(self.position.step, self.steps_per_epoch)
-        batches = epoch_batches(len(self.rows), self.recipe.batch_size, self.seed, number)[done:]
-        mine = [self.rows[batch[self.rank :: self.world]] for batch in batches]
+        batches = self.feed.batches(self.recipe.batch_size, self.seed, number)
+        if len(batches) != self.steps_per_epoch:
+            raise ValueError(
+                f"the feed gives {len(batches)} batches in one epoch and {self.steps_per_epoch} in another"
+            )
+        mine = [batch[self.rank :: self.world] for batch in batches[done:]]
 
-        def view(row: int) -> np.ndarray:
-            rng = generator(self.seed, "augment", number, row)
-            return augment(self.dataset.image(row), self.preprocessing, self.recipe.augment, rng)
+        def example(index: int) -> dict[str, np.ndarray]:
+            return self.feed.example(index, generator(self.seed, "augment", number, index))
 
         with ThreadPoolExecutor(WORKERS) as pool:
-            views = ahead(view, (int(row) for batch in mine for row in batch), pool, 2 * self.recipe.batch_size)
-            yield from zip(stacked(views, [len(batch) for batch in mine]), mine, map(len, batches), strict=True)
+            depth = 2 * self.recipe.batch_size
+            examples = ahead(example, (int(index) for batch in mine for index in batch), pool, depth)
+            for batch, share in zip(batches[done:], mine, strict=True):
+                yield stacked([next(examples) for _ in share]), len(batch)
 
-    def train_step(self, batch: tuple[np.ndarray, np.ndarray, int]) -> None:
-        pixels, size = torch.from_numpy(batch[0]), batch[2]
+    def train_step(self, batch: dict[str, Tensor], size: int) -> None:
         share = rate(self.position.step, self.steps, self.recipe.warmup)
         lr = set_rate(self.optimizer, share)
         self.wrapped.train()
         while True:
             try:
-                loss = self.accumulate(pixels, self.labels[batch[1]], size)
+                loss = self.accumulate(batch, size)
                 break
             except OUT_OF_MEMORY as error:
                 self.back_off(error)
@@ -227,28 +221,26 @@ class Run:
                 "epoch": (self.position.step - 1) // self.steps_per_epoch + 1,
                 "loss": loss,
                 "lr": lr,
-                "images_per_second": speed,
+                "examples_per_second": speed,
             }
         )
 
-    def accumulate(self, pixels: Tensor, labels: np.ndarray, size: int) -> float:
-        """Gradients of one batch of `size` images, in as many passes as memory asks for. Returns its mean loss.
+    def accumulate(self, batch: dict[str, Tensor], size: int) -> float:
+        """Gradients of one batch of `size` examples, in as many passes as memory asks for. Returns its mean loss.
 
-        `pixels` is this process's share. Gradients are averaged over processes, hence each image's weight.
+        `batch` is this process's share. Gradients are averaged over processes, hence each example's weight.
         """
         torch.manual_seed(derive(self.seed, "step", self.position.step, self.rank))
         parts = min(math.ceil(math.ceil(size / self.world) / self.position.micro), size // self.world)
+        split = {name: value.tensor_split(parts) for name, value in batch.items()}
         total = 0.0
-        for number, (some, answers) in enumerate(
-            zip(pixels.tensor_split(parts), torch.from_numpy(labels).tensor_split(parts), strict=True), start=1
-        ):
-            images = normalise(some.to(self.device, non_blocking=True), self.preprocessing)
-            answers = answers.to(self.device)
-            batch = {"images": images, "labels": answers, "class_weights": self.class_weights}
-            share = len(some) / size
-            with self.accelerator.no_sync(self.wrapped) if number < parts else nullcontext():
+        for number in range(parts):
+            some = {name: pieces[number] for name, pieces in split.items()}
+            share = len(next(iter(some.values()))) / size
+            some = {name: value.to(self.device, non_blocking=True) for name, value in some.items()}
+            with self.accelerator.no_sync(self.wrapped) if number < parts - 1 else nullcontext():
                 with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
-                    loss = self.method.loss(self.wrapped, batch)["loss"]
+                    loss = self.method.loss(self.wrapped, self.feed.ready(some))["loss"]
                 self.accelerator.backward(loss * (share * self.world))
             total += float(loss.detach()) * share
         if self.world == 1:
@@ -257,22 +249,22 @@ class Run:
         return float(torch.as_tensor(self.accelerator.reduce(shares, "sum")).item())
 
     def back_off(self, error: BaseException) -> None:
-        """Halve the images per pass; the batch of an optimiser step stays the recipe's."""
+        """Halve the examples per pass; the batch of an optimiser step stays the recipe's."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if self.world > 1:
             raise FovealError(
-                f"out of memory on {self.device} with {self.recipe.batch_size} images shared by {self.world} "
+                f"out of memory on {self.device} with {self.recipe.batch_size} examples shared by {self.world} "
                 "processes: choose a smaller batch_size or backbone, or start more processes"
             ) from error
         if self.position.micro == 1:
             raise FovealError(
-                f"one image of {self.preprocessing.size} pixels does not fit into the memory of {self.device}: "
-                "choose a smaller backbone or --device cpu"
+                f"one example alone does not fit into the memory of {self.device}: choose a smaller backbone or "
+                "--device cpu"
             ) from error
         self.position.micro = math.ceil(self.position.micro / 2)
-        told = f"out of memory: going on with {self.position.micro} images at a time, same batch per step"
+        told = f"out of memory: going on with {self.position.micro} examples at a time, same batch per step"
         self.on_event({"event": "message", "message": told})
 
     def end_epoch(self) -> None:
@@ -292,14 +284,8 @@ class Run:
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": time.monotonic() - self.begun,
         }
-        if len(self.rows_val):
-            logits, _ = read_shared(
-                self.model, self.dataset, self.rows_val, self.preprocessing, self.device, self.accelerator
-            )
-            labels = torch.from_numpy(self.labels[self.rows_val])
-            weights = {"labels": labels, "class_weights": self.class_weights.cpu()}
-            record["val_loss"] = float(classification_loss(logits, weights))
-            record["val_balanced_accuracy"] = balanced_accuracy(logits, labels)
+        if self.validate:
+            record |= self.validate(self.model)
         self.history.append(record)
         self.on_event(record)
         return record
@@ -333,29 +319,18 @@ def check_same_start(step: int, work: Path, accelerator: Accelerator) -> None:
         )
 
 
-def checked_groups(method: Adapt, model: Classifier, recipe: Recipe) -> list[dict[str, Any]]:
+def checked_groups(method: Trained, model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     groups = method.parameter_groups(model, recipe)
     if not any(parameter.requires_grad for group in groups for parameter in group["params"]):
         raise UsageError(f"{method.name} left no parameter to train")
     return groups
 
 
-def signature_of(
-    method: Adapt,
-    model: Classifier,
-    dataset: Dataset,
-    labels: np.ndarray,
-    rows: np.ndarray,
-    class_weights: Tensor,
-    seed: int,
-    recipe: Recipe,
-) -> str:
-    """Hash of all that decides the trained weights. Budget, validation rows and device are left out."""
+def signature_of(method: Trained, model: nn.Module, feed: Feed, seed: int, recipe: Recipe) -> str:
+    """Hash of all that decides the trained weights. Budget, validation and device are left out."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr((method.name, options_to_dict(method.options), seed, asdict(recipe))).encode())
-    digest.update(repr([dataset.ids[int(row)] for row in rows]).encode())
-    digest.update(np.ascontiguousarray(labels[rows]).tobytes())
-    digest.update(class_weights.cpu().numpy().tobytes())
+    digest.update(feed.fingerprint().encode())
     digest.update(checkpoint.frozen_digest(model).encode())
     return digest.hexdigest()
 
@@ -432,77 +407,3 @@ def grouped_in_float32(model: nn.Module) -> Generator[None]:
     finally:
         for module in grouped:
             module.__dict__.pop("forward", None)
-
-
-def predict_logits(
-    model: Classifier,
-    dataset: Dataset,
-    indices: np.ndarray,
-    preprocessing: Preprocessing,
-    *,
-    device: str = "auto",
-    batch: int = 64,
-    together: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Logits [n, C] and features [n, D], float32 on the CPU, of some images in order. Images stream through.
-
-    The model is moved to the device and, afterwards, back; it is in eval mode meanwhile.
-
-    Args:
-        together: every process of the run makes this call, and reads a share of the images.
-    """
-    if len(indices) == 0:
-        raise UsageError("no images to predict: expected at least one")
-    accelerator = accelerator_for(device) if together or device != "cpu" else None
-    target = choose_device(device, accelerator) if accelerator else torch.device("cpu")
-    home, training = next(iter(model.parameters())).device, model.training
-    place(model, target)
-    try:
-        if together and accelerator:
-            return read_shared(model.eval(), dataset, indices, preprocessing, target, accelerator, batch)
-        return read_rows(model.eval(), dataset, indices, preprocessing, target, batch)
-    finally:
-        unplace(model, home)
-        model.train(training)
-
-
-def read_shared(
-    model: Classifier,
-    dataset: Dataset,
-    indices: np.ndarray,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    accelerator: Accelerator,
-    batch: int = 64,
-) -> tuple[Tensor, Tensor]:
-    """`read_rows` of all images, of which each process read its share."""
-    rank, world = accelerator.process_index, accelerator.num_processes
-    if world == 1 or len(indices) < world:
-        return read_rows(model, dataset, indices, preprocessing, device, batch)
-    logits, features = read_rows(model, dataset, indices[rank::world], preprocessing, device, batch)
-    with told_when_lost():
-        return dealt_back(logits, len(indices), accelerator), dealt_back(features, len(indices), accelerator)
-
-
-def read_rows(
-    model: Classifier,
-    dataset: Dataset,
-    indices: np.ndarray,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    batch: int = 64,
-) -> tuple[Tensor, Tensor]:
-    """`predict_logits` of a model in eval mode where it is: its tensors keep their place and layout."""
-    sizes = [min(batch, len(indices) - start) for start in range(0, len(indices), batch)]
-    logits: list[Tensor] = []
-    features: list[Tensor] = []
-
-    def view(row: int) -> np.ndarray:
-        return to_pixels(dataset.image(row), preprocessing)
-
-    with ThreadPoolExecutor(WORKERS) as pool, torch.inference_mode():
-        for pixels in stacked(ahead(view, map(int, indices), pool, 2 * batch), sizes):
-            read = model.features(normalise(torch.from_numpy(pixels).to(device), preprocessing))
-            features.append(read.float().cpu())
-            logits.append(model.head(read).float().cpu())
-    return torch.cat(logits).clone(), torch.cat(features).clone()

@@ -22,8 +22,8 @@ from foveal.core.method import Adapt, Classifier
 from foveal.core.preprocessing import Preprocessing
 from foveal.core.seeds import derive, generator, seed_everything
 from foveal.data.dataset import Dataset, Memory
+from foveal.train.classify import predict_logits, train_classifier
 from foveal.train.events import Event, balanced_accuracy
-from foveal.train.loop import predict_logits, train
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def measure(
             before[0] = now
 
         with tempfile.TemporaryDirectory() as work:
-            model = train(
+            model = train_classifier(
                 method, model, dataset, own.preprocessing, dataset.labels, train_rows, np.array([], int), weights, seed,
                 recipe=method.recipe(), device="cpu", work=Path(work), on_event=listen,
             ).model  # fmt: skip

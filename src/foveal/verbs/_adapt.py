@@ -221,7 +221,7 @@ def adapt_trained(
     progress: Progress,
 ) -> Adapted:
     """Train through the backbone, calibrated on the validation split. Goes on from what `work` holds."""
-    from foveal.train.loop import predict_logits, train
+    from foveal.train.classify import predict_logits, train_classifier
 
     begin = time.perf_counter()
     seed_everything(derive(seed, "init"))
@@ -231,7 +231,7 @@ def adapt_trained(
     _, per_class = prepared.label_weights(train_rows, class_weights)
     model = method.attach(copy.deepcopy(prepared.backbone), len(prepared.dataset.classes))
     trained_params = sum(p.numel() for _, p in trainable(model))
-    result = train(
+    result = train_classifier(
         method,
         model,
         prepared.dataset,
