@@ -138,8 +138,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.history = list(self.position.history)
-        self.position.micro = self.position.micro or self.recipe.batch_size
         batches = self.feed.batches(self.recipe.batch_size, self.seed, 0)
+        self.position.micro = self.position.micro or max(self.recipe.batch_size, *map(len, batches))
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         smallest = min(map(len, batches))
         if smallest < self.world:
