@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from foveal.verbs.backbones import backbones
     from foveal.verbs.check import check
     from foveal.verbs.compare import compare
+    from foveal.verbs.curate import curate
     from foveal.verbs.embed import embed
     from foveal.verbs.evaluate import evaluate
     from foveal.verbs.explain import explain
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from foveal.verbs.fit import fit
     from foveal.verbs.methods import methods
     from foveal.verbs.predict import predict
+    from foveal.verbs.pretrain import pretrain
     from foveal.verbs.push import push
     from foveal.verbs.reproduce import reproduce
     from foveal.verbs.samples import samples
@@ -31,10 +33,12 @@ VERBS = (
     "fit",
     "compare",
     "embed",
+    "pretrain",
     "predict",
     "evaluate",
     "explain",
     "check",
+    "curate",
     "export",
     "serve",
     "push",
@@ -48,6 +52,7 @@ __all__ = [
     "backbones",
     "check",
     "compare",
+    "curate",
     "embed",
     "evaluate",
     "explain",
@@ -56,6 +61,7 @@ __all__ = [
     "load",
     "methods",
     "predict",
+    "pretrain",
     "push",
     "reproduce",
     "samples",

@@ -39,11 +39,14 @@ INTERPOLATION = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampli
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, *, deep: bool = False) -> Image.Image:
     """An upright 8-bit RGB picture: the first frame, EXIF orientation applied, transparency over white.
 
     16-bit grey is scaled by its range (65535 -> 255), 32-bit integers and floats by the smallest usual range that
     holds them (0..1, 0..255, 0..65535, and for integers 0..2^31-1).
+
+    Args:
+        deep: leave grey of more than 8 bits as it is.
 
     Raises:
         DataError: one line with the reason: empty, not an image, truncated or damaged, larger than `max_pixels`.
@@ -58,7 +61,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
                     f"{width} x {height} pixels: images of up to {max_pixels / 1e6:g} megapixels are read, shrink it"
                 )
             image.load()
-            return to_rgb(upright(image))
+            picture = upright(image)
+            return picture.copy() if deep and is_deep(picture) else to_rgb(picture)
     except DataError:
         raise
     except UnidentifiedImageError:
@@ -67,6 +71,11 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError(f"more than {max_pixels / 1e6:g} megapixels: shrink it") from None
     except Exception as error:  # decoders meet damaged bytes with errors of any type
         raise DataError(f"truncated or damaged image ({str(error).strip() or type(error).__name__})") from None
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether it is grey of more than 8 bits."""
+    return image.mode.startswith(("I", "F"))
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -82,7 +91,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of a loaded image of any mode."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image if type(image) is Image.Image else image.copy()
-    if image.mode.startswith(("I", "F")):
+    if is_deep(image):
         return Image.fromarray(to_8_bit(np.asarray(image))).convert("RGB")
     if image.has_transparency_data or image.mode in ("La", "RGBa"):
         layer = image.convert("RGBA")

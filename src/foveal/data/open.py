@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from foveal.core.errors import DataError
-from foveal.data.dataset import Dataset, printable, read_file, unique
+from foveal.data.dataset import Dataset, Files, printable, read_file, unique
 from foveal.data.folder import open_folder, walk
 from foveal.data.images import to_rgb, upright
 
@@ -59,6 +59,42 @@ def open_dataset(data: str | Path | Dataset, *, offline: bool = False) -> Datase
     if path.suffix.lower() in (".parquet", ".pq"):
         return open_parquet(path)
     raise DataError(f"{printable(text)} is not a form of DATA: expected {FORMS}")
+
+
+def open_pool(data: str | Path | Dataset, *, offline: bool = False) -> Dataset:
+    """As `open_dataset`, and images without labels: in a folder that has no folders, in a Parquet file of paths.
+
+    Without labels `classes` is empty and every label 0.
+
+    Raises:
+        DataError: as `open_dataset`.
+    """
+    path = "" if isinstance(data, Dataset) else os.path.expanduser(os.fspath(data))
+    if os.path.isdir(path) and not has_folders(path):
+        found = walk(path)
+        if not found.paths:
+            raise DataError(f"{printable(path)} holds no images ({found.ignored} other files)")
+        return Dataset(
+            name=printable(Path(path).resolve().name),
+            ids=unique([printable(name) for name in found.paths]),
+            labels=np.zeros(len(found.paths), np.int64),
+            classes=(),
+            task="single-label",
+            splits=None,
+            source=Files(os.path.abspath(path), found.paths),
+            set_aside=tuple(found.set_aside),
+            ignored=found.ignored,
+        )
+    if path.lower().endswith((".parquet", ".pq")) and os.path.isfile(path):
+        from foveal.data.table import open_parquet
+
+        return open_parquet(Path(path), labelled=False)
+    return open_dataset(data, offline=offline)
+
+
+def has_folders(path: str) -> bool:
+    with os.scandir(path) as entries:
+        return any(entry.is_dir() and not entry.name.startswith((".", "__MACOSX")) for entry in entries)
 
 
 def open_images(images: Sequence[str | Path | Image.Image | np.ndarray]) -> Dataset:

@@ -18,10 +18,9 @@ import numpy as np
 from foveal.core.errors import DataError
 from foveal.data.dataset import MAX_BYTES, Dataset, Files, Memory, Ranges, Source, printable, unique
 from foveal.data.dataset import Rows as SourceRows
-from foveal.data.folder import walk
-from foveal.data.open import open_dataset
+from foveal.data.open import open_pool
 from foveal.data.shards import expand, index, label_of
-from foveal.data.table import class_names, label_texts, spill
+from foveal.data.table import SELECTION, class_names, label_texts, spill
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,15 +155,7 @@ def in_pieces(data: str | Path | Dataset, rows: int, *, offline: bool = False) -
             if groups is not None:
                 images = groups[-1].row + groups_rows(text, groups[-1]) if groups else 0
                 return Pieces(name, len(groups), images, (), iter(groups))
-        if os.path.isdir(text) and not has_folders(text):
-            found = walk(text)
-            if not found.paths:
-                raise DataError(f"{printable(text)} holds no images ({found.ignored} other files)")
-            ids = unique([printable(path) for path in found.paths])
-            unlabelled = [None] * len(ids)
-            images = Images(ids, unlabelled, unlabelled, Files(os.path.abspath(text), found.paths))
-            return of_listed(name, images, rows, found.set_aside)
-    dataset = open_dataset(data, offline=offline)
+    dataset = open_pool(data, offline=offline)
     return of_listed(dataset.name, labelled(dataset), rows, dataset.set_aside)
 
 
@@ -189,7 +180,7 @@ def of_tars(name: str, pattern: str) -> Pieces:
 
 
 def row_groups(path: str, rows: int) -> list[Groups] | None:
-    """Pieces of a Parquet file that holds encoded images; None when it holds paths or cannot be read."""
+    """Pieces of a Parquet file that holds encoded images; None for one of paths, a selection, or one not readable."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -198,7 +189,7 @@ def row_groups(path: str, rows: int) -> list[Groups] | None:
         kind = file.schema_arrow.field("image").type
     except (pa.ArrowException, OSError, KeyError):
         return None
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or SELECTION in (file.schema_arrow.metadata or {}):
         return None
     pieces: list[Groups] = []
     first, row, held = 0, 0, 0
@@ -227,7 +218,9 @@ def images_of(file: Any, groups: list[int]) -> Iterator[tuple[bytes | None, str 
 
 def labelled(dataset: Dataset) -> Images:
     """A Dataset's images with its labels as text."""
-    if dataset.task == "multi-label":
+    if not dataset.classes:
+        labels = [None] * len(dataset)
+    elif dataset.task == "multi-label":
         labels = ["|".join(dataset.classes[c] for c in np.flatnonzero(row)) for row in dataset.labels]
     else:
         labels = [dataset.classes[label] for label in dataset.labels]
@@ -248,11 +241,6 @@ def narrowed(source: Source, rows: np.ndarray) -> Source:
     if isinstance(source, Memory):
         return Memory([source.images[row] for row in rows])
     return SourceRows.of(source, rows)
-
-
-def has_folders(path: str) -> bool:
-    with os.scandir(path) as entries:
-        return any(entry.is_dir() and not entry.name.startswith((".", "__MACOSX")) for entry in entries)
 
 
 def digest(parts: Sequence[Any]) -> str:

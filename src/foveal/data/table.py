@@ -81,8 +81,8 @@ def bounded(file: TextIO, name: str) -> Iterator[str]:
         yield line
 
 
-def check_columns(columns: Any, name: str) -> None:
-    missing = [column for column in ("image", "label") if column not in columns]
+def check_columns(columns: Any, name: str, needed: Sequence[str] = ("image", "label")) -> None:
+    missing = [column for column in needed if column not in columns]
     if missing:
         found = ", ".join(printable(str(column)) for column in columns) or "none"
         raise DataError(f"{name} has no column {' and no column '.join(missing)} (columns: {found}): {EXPECTED}")
@@ -98,7 +98,8 @@ def from_paths(table: Table, folder: Path) -> Dataset:
             raise DataError(f"{table.name} {table.where[row]} names no image: fill it in or remove the line")
         if path in first:
             earlier = first[path]
-            if table.label[earlier] != table.label[row] or (table.split and table.split[earlier] != table.split[row]):
+            others = [column for column in (table.label, table.split) if column]
+            if any(column[earlier] != column[row] for column in others):
                 raise DataError(
                     f"{table.name} names {printable(path)} twice with different labels or splits "
                     f"({table.where[earlier]}, {table.where[row]}): keep one; write several labels as a|b"
@@ -119,8 +120,9 @@ def assemble(table: Table, ids: Sequence[str], source: Source, aside: dict[int, 
     """Labels and splits of a table's rows, in the order of their ids."""
     if not ids:
         raise DataError(f"{table.name} has no rows: {EXPECTED}")
-    names, task = read_labels(table)
+    names, task = read_labels(table) if table.label else ([[""]] * len(ids), "single-label")
     labels, classes = encode_labels(names, task)
+    classes = classes if table.label else ()
     dataset = Dataset(table.name, unique(ids), labels, classes, task, read_splits(table), source)
     dataset = dataset.drop(aside)
     return dataset.subset(sorted(range(len(dataset)), key=dataset.ids.__getitem__))
@@ -153,12 +155,17 @@ def read_splits(table: Table) -> np.ndarray | None:
     return np.array([SPLIT_NAMES[split.lower()] for split in table.split])
 
 
-def open_parquet(path: Path) -> Dataset:
+def open_parquet(path: Path, *, labelled: bool = True) -> Dataset:
     """A Parquet file; the image column holds paths, encoded images, or {bytes, path} as Hugging Face writes it.
+
+    Of a selection (`foveal.data.selection`) only the images that were kept are opened.
 
     Encoded images are copied once, row group by row group, to a temporary file that is gone when the program ends,
     since Parquet cannot hand out one row of its own. A column of paths may name any file, as in a CSV; the path of a
     {bytes, path} is whoever made the file's, and is followed only where it stays in the file's folder.
+
+    Args:
+        labelled: False opens a table without a label column, too; the Dataset then has no classes.
 
     Raises:
         DataError: as `open_csv`, and a file that is not Parquet or columns of other types.
@@ -170,27 +177,42 @@ def open_parquet(path: Path) -> Dataset:
     with reading(name):
         file = pq.ParquetFile(path)
         schema = file.schema_arrow
-        check_columns(schema.names, name)
+        check_columns(schema.names, name, ("image", "label") if labelled else ("image",))
+        kept = kept_rows(file)
         wanted = [column for column in ("label", "split") if column in schema.names]
-        rest = file.read(columns=wanted)
-        count = rest.num_rows
+        rest = file.read(columns=wanted).take(kept)
         table = Table(
             name,
             [],
-            label_texts(rest["label"], class_names(schema, "label"), name),
+            label_texts(rest["label"], class_names(schema, "label"), name) if "label" in wanted else [],
             ["" if value is None else str(value) for value in rest["split"].to_pylist()] if "split" in wanted else [],
-            [f"row {row}" for row in range(count)],
+            [f"row {row}" for row in kept.tolist()],
         )
         kind = schema.field("image").type
         of_paths = pa.types.is_string(kind) or pa.types.is_large_string(kind)
         if of_paths:
-            table.image = [value or "" for value in file.read(columns=["image"])["image"].to_pylist()]
+            table.image = [value or "" for value in file.read(columns=["image"])["image"].take(kept).to_pylist()]
     if of_paths:
         return from_paths(table, path.parent)
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_struct(kind)):
         raise DataError(f"{name}: column image has type {kind}, expected text (paths), bytes or {{bytes, path}}")
-    source, paths, aside = spill(images_of(file, name), count, path.parent, name)
-    return assemble(table, [given or f"{name}#{row:06d}" for row, given in enumerate(paths)], source, aside)
+    wanted_rows = set(kept.tolist())
+    images = (image for row, image in enumerate(images_of(file, name)) if row in wanted_rows)
+    source, paths, aside = spill(images, len(kept), path.parent, name)
+    return assemble(
+        table, [given or f"{name}#{row:06d}" for row, given in zip(kept, paths, strict=True)], source, aside
+    )
+
+
+SELECTION = b"foveal.selection"
+"""Key in the metadata of a Parquet file whose column `kept` says which of its images to use."""
+
+
+def kept_rows(file: Any) -> np.ndarray:
+    """Numbers of the rows to open: all, or of a selection those that were kept."""
+    if SELECTION not in (file.schema_arrow.metadata or {}) or "kept" not in file.schema_arrow.names:
+        return np.arange(file.metadata.num_rows)
+    return np.flatnonzero(file.read(columns=["kept"])["kept"].to_numpy())
 
 
 @contextmanager

@@ -139,16 +139,18 @@ def unknown_chart(histogram: Mapping[str, Any], threshold: float) -> Markup:
     return frame.svg(parts, "Unknown scores of known and garbage images")
 
 
-def curves_chart(history: Sequence[Mapping[str, Any]], names: Mapping[str, str], y_label: str) -> Markup | None:
-    """Lines over epochs; None when nothing can be drawn.
+def curves_chart(
+    history: Sequence[Mapping[str, Any]], names: Mapping[str, str], y_label: str, x: str = "epoch"
+) -> Markup | None:
+    """Lines over epochs, or over another number; None when nothing can be drawn.
 
     Args:
-        history: one row per epoch, with `epoch`.
+        history: rows, in the order of their `x`.
         names: key in a row -> colour class.
     """
     series = {
         key: [
-            (float(row.get("epoch", place + 1)), float(row[key]))
+            (float(row.get(x, place + 1)), float(row[key]))
             for place, row in enumerate(history)
             if drawn(row.get(key))
         ]
@@ -161,16 +163,16 @@ def curves_chart(history: Sequence[Mapping[str, Any]], names: Mapping[str, str],
     pad = (max(ys) - min(ys)) * 0.08 or 0.05
     edges = (min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1)
     frame = Frame(edges, (min(ys) - pad, max(ys) + pad), width=300, height=180)
-    marks = ticks(*edges) if edges[1] - edges[0] > 6 else sorted({x for x in xs if x == int(x)})
-    parts = frame.axes("epoch", y_label, marks, ticks(*frame.y))
+    marks = ticks(*edges) if edges[1] - edges[0] > 6 else sorted({at for at in xs if at == int(at)})
+    parts = frame.axes(x, y_label, marks, ticks(*frame.y))
     for key, colour in names.items():
         line = [frame.at(*point) for point in series[key]]
         if len(line) > 1:
             parts.append(path(line, f"line {colour}"))
-        for (x, y), (epoch, value) in zip(line, series[key], strict=True):
-            tip = f"epoch {epoch:g}: {value:.4g}"
-            parts.append(f'<circle class="dot {colour}" cx="{x}" cy="{y}" r="2.6"><title>{tip}</title></circle>')
-    return frame.svg(parts, f"{y_label} by epoch")
+        for (across, up), (at, value) in zip(line, series[key], strict=True):
+            tip = f"{x} {at:g}: {value:.4g}"
+            parts.append(f'<circle class="dot {colour}" cx="{across}" cy="{up}" r="2.6"><title>{tip}</title></circle>')
+    return frame.svg(parts, f"{y_label} by {x}")
 
 
 def drawn(value: Any) -> bool:
