@@ -58,3 +58,31 @@ def pasted(count: int, size: int, seed: int, area: float = 0.12) -> tuple[np.nda
         images[index] = np.asarray(image)
         truth[index, top : top + side, left : left + side] = True
     return images, truth
+
+
+LANDMARKS = 10
+
+
+def warped(count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """One photo, turned, scaled, sheared and shifted at random, with ten places on it that move along.
+
+    Returns:
+        Images uint8 [count, size, size, 3], and points float64 [count, 10, 2] in their pixels; the centre of the top
+        left pixel is (0, 0). Image i depends on seed, size and i alone; a few points fall outside.
+    """
+    from foveal.data.geometry import Carry, moved
+
+    photo = photos(("astronaut",))["astronaut"].crop((112, 0, 368, 256))
+    places = np.round(generator(0, "landmarks").uniform(50, 205, (LANDMARKS, 2)))
+    images, points = np.empty((count, size, size, 3), np.uint8), np.empty((count, LANDMARKS, 2))
+    for index in range(count):
+        rng = generator(seed, "warped", size, index)
+        angle, scale = rng.uniform(-0.6, 0.6), size / 256 * rng.uniform(0.85, 1.25)
+        c, s = scale * math.cos(angle), scale * math.sin(angle)
+        linear = np.array([[c, -s], [s, c]]) @ np.array([[1, rng.uniform(-0.2, 0.2)], [0, rng.uniform(0.85, 1.15)]])
+        matrix = np.eye(3)
+        matrix[:2, :2] = linear
+        matrix[:2, 2] = (size - 1) / 2 + rng.uniform(-0.08, 0.08, 2) * size - linear @ [127.5, 127.5]
+        images[index] = np.asarray(Carry(matrix, (size, size))(photo))
+        points[index] = moved(matrix, places)
+    return images, points
