@@ -18,6 +18,7 @@ from typing import Any, cast
 from foveal.core.errors import BundleError
 from foveal.core.folders import unwritable
 from foveal.core.schema import faults, read_json
+from foveal.core.task import OTHER_TASKS
 
 __all__ = ["FORMAT", "BundleFiles", "atomic_folder", "open_bundle", "read_json", "seal", "sha256", "write_json"]
 
@@ -112,51 +113,58 @@ class BundleFiles:
 
 def seal(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write bundle.json last, with the SHA-256 of the files that must not change."""
-    hashes = {name: sha256(folder / name) for name in PROTECTED}
+    hashes = {name: sha256(folder / name) for name in PROTECTED if (folder / name).exists()}
     write_json(folder / "bundle.json", {"format": FORMAT, **manifest, "sha256": hashes})
 
 
-def open_bundle(path: str | Path) -> BundleFiles:
+def open_bundle(path: str | Path, *, any_task: bool = False) -> BundleFiles:
     """Read and verify a Bundle folder. Only files of the names above are opened, whatever the Bundle says.
 
     The hashes find damage and edits by hand. They prove nothing about who made the Bundle.
 
+    Args:
+        any_task: take a Bundle for any task, rather than for classifying images alone. Those for other tasks may lack
+            calibration.json.
+
     Raises:
-        BundleError: not a Bundle, a file is missing, was edited or says something that no Bundle says, or the format
-            is newer than this version.
+        BundleError: not a Bundle, a file is missing, was edited or says something that no Bundle says, the format is
+            newer than this version, or the task is another.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise BundleError(f"{folder} is not a Bundle: expected a folder made by `foveal fit`")
-    missing = [name for name in REQUIRED if not (folder / name).is_file()]
-    if len(missing) == len(REQUIRED):
+    absent = [name for name in REQUIRED if not (folder / name).is_file()]
+    if len(absent) == len(REQUIRED):
         raise BundleError(f"{folder} is not a Bundle (no bundle.json): expected a folder made by `foveal fit`")
-    if missing:
-        raise BundleError(f"Bundle {folder} lacks {', '.join(missing)}: restore the folder or fit again")
     try:
-        parts = {name: read_json(folder / name) for name in REQUIRED if name.endswith(".json")}
-        found = {name: sha256(folder / name) for name in PROTECTED}
+        parts = {name: read_json(folder / name) for name in REQUIRED if name.endswith(".json") and name not in absent}
+        found = {name: sha256(folder / name) for name in PROTECTED if name not in absent}
     except ValueError as error:
         raise BundleError(
             f"Bundle {folder} has an unreadable JSON file ({error}): restore the folder or fit again"
         ) from None
     except OSError as error:
         raise BundleError(f"Bundle {folder} cannot be read ({error.strerror}): check who may read it") from None
-    manifest = cast("dict[str, Any]", parts["bundle.json"] if isinstance(parts["bundle.json"], dict) else {})
+    manifest = cast("dict[str, Any]", parts.get("bundle.json") if isinstance(parts.get("bundle.json"), dict) else {})
+    task = str(manifest.get("task"))
+    if missing := [name for name in absent if not (task in OTHER_TASKS and name == "calibration.json")]:
+        raise BundleError(f"Bundle {folder} lacks {', '.join(missing)}: restore the folder or fit again")
     version = manifest.get("format")
     if isinstance(version, int) and version > FORMAT:
         raise BundleError(
             f"Bundle {folder} has format {version}, this foveal reads up to {FORMAT}: pip install --upgrade foveal"
         )
-    must_fit("bundle.json", manifest, folder)
-    for name in PROTECTED:
-        if found[name] != manifest["sha256"].get(name):
+    must_fit("bundle.json", manifest, folder, task)
+    if task in OTHER_TASKS and not any_task:
+        raise BundleError(f"Bundle {folder} is for {task}: expected one that classifies images")
+    for name, digest in found.items():
+        if digest != manifest["sha256"].get(name):
             raise BundleError(f"{name} in Bundle {folder} was edited or is damaged: restore the folder or fit again")
     for name, content in parts.items():
-        must_fit(name, content, folder)
-    return BundleFiles(folder, manifest, parts["calibration.json"], parts["metrics.json"], parts["cost.json"])
+        must_fit(name, content, folder, task)
+    return BundleFiles(folder, manifest, parts.get("calibration.json", {}), parts["metrics.json"], parts["cost.json"])
 
 
-def must_fit(name: str, content: Any, folder: Path) -> None:
-    if fault := faults(name, content):
+def must_fit(name: str, content: Any, folder: Path, task: str) -> None:
+    if fault := faults(name, content, task):
         raise BundleError(f"{name} in Bundle {folder} is not as foveal writes it ({fault}): restore it or fit again")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from foveal.core.errors import UsageError
 from foveal.core.options import options, options_to_dict
-from foveal.core.task import Task
+from foveal.core.task import OtherTask, Task
 
 Need = Literal["labels", "tokens", "attention", "gradients", "text", "teacher", "feature map"]
 
@@ -36,7 +36,7 @@ class Spec:
     year: int
     arxiv: str | None
     needs: frozenset[Need] = field(default_factory=lambda: frozenset[Need]({"labels"}))
-    tasks: tuple[Task, ...] = ("single-label",)
+    tasks: tuple[Task | OtherTask, ...] = ("single-label",)
 
 
 @options

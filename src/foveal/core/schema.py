@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from foveal.core.task import OTHER_TASKS, OtherTask
+
 MAX_JSON = 64 * 2**20
 """Bytes of a JSON file that is read. The metrics of 100,000 classes fit."""
 
@@ -60,7 +62,7 @@ class StoredData(Stored):
 
 
 class Manifest(Stored):
-    """bundle.json."""
+    """bundle.json of a classifier of images."""
 
     format: Annotated[int, Field(ge=1)]
     task: Literal["single-label", "multi-label"]
@@ -70,6 +72,18 @@ class Manifest(Stored):
     steps: Annotated[list[StoredStep], Field(max_length=16)] = []
     head: dict[str, list[Annotated[int, Field(ge=1, le=2**24)]]] = {}
     """With steps: the shapes of the head's tensors before the first of them."""
+    data: StoredData
+    why: str
+    request: dict[str, Any]
+    sha256: dict[str, str]
+
+
+class OtherManifest(Stored):
+    """bundle.json of a model for another task, which checks what it adds when it is opened."""
+
+    format: Annotated[int, Field(ge=1)]
+    task: OtherTask
+    method: StoredMethod
     data: StoredData
     why: str
     request: dict[str, Any]
@@ -112,15 +126,21 @@ class Metrics(Stored):
     ece: Figure | None = None
 
 
-class Cost(Stored):
-    """cost.json: any object."""
+class AnyObject(Stored):
+    """Any object."""
 
 
 SCHEMAS: dict[str, type[Stored]] = {
     "bundle.json": Manifest,
     "calibration.json": Calibration,
     "metrics.json": Metrics,
-    "cost.json": Cost,
+    "cost.json": AnyObject,
+}
+OTHER_SCHEMAS: dict[str, type[Stored]] = {
+    "bundle.json": OtherManifest,
+    "calibration.json": AnyObject,
+    "metrics.json": AnyObject,
+    "cost.json": AnyObject,
 }
 
 
@@ -147,10 +167,10 @@ def finite(text: str) -> float:
     return value
 
 
-def faults(name: str, content: Any) -> str:
-    """What is wrong with the content of a Bundle's JSON file, in one line; '' if nothing is."""
+def faults(name: str, content: Any, task: str) -> str:
+    """What is wrong with the content of the JSON file of a Bundle for a task, in one line; '' if nothing is."""
     try:
-        SCHEMAS[name].model_validate(content)
+        (OTHER_SCHEMAS if task in OTHER_TASKS else SCHEMAS)[name].model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         return f"{'.'.join(map(str, first['loc'])) or name}: {first['msg']}"

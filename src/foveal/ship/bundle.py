@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -26,6 +27,7 @@ from foveal.core.families.shrink import Shrink
 from foveal.core.method import Adapt, Classifier, Task
 from foveal.core.options import parse_options
 from foveal.core.preprocessing import Preprocessing
+from foveal.core.task import OTHER_TASKS
 from foveal.data.dataset import Dataset
 from foveal.data.open import open_images
 from foveal.evaluate.calibration import Calibrated
@@ -59,15 +61,32 @@ def save_weights(model: Calibrated, path: Path) -> None:
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else error from None
 
 
-def load(path: str | Path, *, offline: bool = False) -> Bundle:
+def load(path: str | Path, *, offline: bool = False) -> Any:
     """Open a Bundle: a folder made by `foveal fit`, or hub:owner/name[@revision] of the Hugging Face Hub.
 
     Args:
         offline: of the Hub's, take only what the Hugging Face cache holds.
 
+    Returns:
+        A `Bundle`, which classifies images; for another task an object with the same path, manifest, metrics, cost
+        and predict, from the module of `foveal.ship` that has the task's name.
+
     Raises:
         BundleError: not a Bundle, incomplete, edited, or of a newer format.
         HubError: the Hub cannot be reached, refuses, or has nothing of that name.
+    """
+    files = open_bundle(fetch(path, offline=offline) if on_hub(path) else path, any_task=True)
+    if files.manifest["task"] in OTHER_TASKS:
+        name = files.manifest["task"].replace("-", "_")
+        return getattr(import_module(f"foveal.ship.{name}"), f"open_{name}")(files)
+    return Bundle(files)
+
+
+def load_classifier(path: str | Path, *, offline: bool = False) -> Bundle:
+    """`load`, of Bundles that classify images.
+
+    Raises:
+        BundleError: as `load`; also for a Bundle for another task.
     """
     return Bundle(open_bundle(fetch(path, offline=offline) if on_hub(path) else path))
 

@@ -148,7 +148,7 @@ def push(
     from huggingface_hub import constants
 
     progress = progress or Progress()
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, any_task=True)
     if on_hub(name):
         name = name.removeprefix("hub:")
     repository, extra = split_name(name)

@@ -18,7 +18,7 @@ from foveal.data.open import open_dataset, open_images
 from foveal.data.split import make_split
 from foveal.data.worlds import garbage
 from foveal.features.session import cpu_threads
-from foveal.ship.bundle import Bundle, load
+from foveal.ship.bundle import Bundle, load_classifier
 from foveal.ship.export import export_onnx
 from foveal.ship.hub import own_copy
 from foveal.ship.quantize import quantize
@@ -38,7 +38,7 @@ def export_bundle(path: Path, images: Path | None, progress: Progress) -> dict[s
         UsageError: no images to check parity on.
         FovealError: the exported model does not answer as the torch model.
     """
-    bundle = load(own_copy(path, progress))
+    bundle = load_classifier(own_copy(path, progress))
     pictures = parity_images(bundle, images)
     target = bundle.path / "model.onnx"
     with atomic_file(target) as staging:
@@ -68,7 +68,7 @@ def shrink_export(path: Path, data: str | None, max_drop: float, require: bool, 
         UsageError: no labelled images of the Bundle's classes.
         FovealError: `require`, and no int8 variant was accepted; the record is written, model.onnx stays.
     """
-    bundle = load(path)
+    bundle = load_classifier(path)
     squares, calibrated_on, held_out, judged_on = labelled_images(bundle, data, progress)
     target, threads = path / "model.int8.onnx", cpu_threads()
     files = {"model.onnx": path / "model.onnx"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def finished(out: Path, request: dict[str, Any]) -> bool:
     if not os.path.exists(out) or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
-        held = open_bundle(out).manifest["request"]
+        held = open_bundle(out, any_task=True).manifest["request"]
     except (BundleError, KeyError) as error:
         raise UsageError(f"--out {out} exists and is not overwritten ({error}): choose another --out") from None
     if held != request:
@@ -75,8 +76,15 @@ def write_bundle(
     device: str,
     started: float,
     progress: Progress,
+    lineage: Mapping[str, Any] | None = None,
+    cost_too: Callable[[Path], Mapping[str, Any]] = lambda folder: {},
 ) -> None:
-    """Measure on the test split, and write everything or nothing."""
+    """Measure on the test split, and write everything or nothing.
+
+    Args:
+        lineage: of a model made from another Bundle's: entries of bundle.json that take the place of a fit's.
+        cost_too: what cost.json says besides; called with the folder once its weights are written.
+    """
     dataset, backbone = prepared.dataset, prepared.backbone
     model, calibration = trust(adapted, prepared, device)
     probabilities = adapted.probabilities(adapted.test, dataset.task)
@@ -109,15 +117,18 @@ def write_bundle(
         "request": request,
         "parent": None,
         "seconds": round(time.perf_counter() - started, 2),
+        **(lineage or {}),
     }
     with atomic_folder(out) as folder:
         save_weights(model, folder / "model.safetensors")
         write_json(folder / "calibration.json", calibration)
         write_json(folder / "metrics.json", metrics)
-        session = feature_session(backbone, device=device) if adapted.method.reads_features() else None
+        session = feature_session(backbone, device=device) if adapted.frozen else None
         spent = cost(
             adapted.classifier, backbone.preprocessing, adapted.trained_params, folder, device=device, session=session
         )
+        write_json(folder / "cost.json", spent)
+        spent |= cost_too(folder)
         write_json(folder / "cost.json", spent)
         context = ReportContext(
             manifest=manifest,

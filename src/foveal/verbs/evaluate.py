@@ -28,10 +28,10 @@ def evaluate(
     from foveal.core.errors import DataError, UsageError
     from foveal.data.open import open_dataset
     from foveal.evaluate.metrics import measure
-    from foveal.ship.bundle import load
+    from foveal.ship.bundle import load_classifier
 
     progress = progress or Progress()
-    model = load(bundle, offline=offline)
+    model = load_classifier(bundle, offline=offline)
     dataset = open_dataset(data, offline=offline)
     if split not in ("all", "train", "val", "test"):
         raise UsageError(f"--split {split}: expected all, train, val or test")

@@ -29,14 +29,14 @@ def explain(
     Example: foveal explain runs/digits photo.png --method eigen-cam --out maps
     """
     from foveal.core.options import split_choice
-    from foveal.ship.bundle import load
+    from foveal.ship.bundle import load_classifier
     from foveal.ship.explain import explain_images
     from foveal.verbs._explained import write_folder
 
     progress = progress or Progress()
     folder = out or Path("runs") / f"{bundle.resolve().name}-{split_choice(method)[0]}"
     found = explain_images(
-        load(bundle),
+        load_classifier(bundle),
         images,
         method,
         target=target,

@@ -5,16 +5,20 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 if TYPE_CHECKING:
     from foveal.data.dataset import Dataset
-    from foveal.ship.bundle import Bundle
 
+from foveal.core.errors import UsageError
 from foveal.core.progress import Progress
+from foveal.core.task import OTHER_TASKS, OtherTask
 
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
+ROOMS: dict[OtherTask, str] = {"landmarks": "dense", "video": "video", "forecast": "motion", "image-text": "language"}
+"""The family of methods for each task but classifying images."""
 DataArgument = Annotated[
     str,
     "Folder of class folders, folder with train/val/test, CSV or Parquet (image,label[,split]), WebDataset .tar "
@@ -31,6 +35,7 @@ BudgetOption = Annotated[str | None, "Stop training after this time, such as 90s
 def fit(
     data: DataArgument,
     *,
+    task: Annotated[str | None, f"{', '.join(OTHER_TASKS)}; default: what the method does, else classify."] = None,
     method: Annotated[str, "NAME or NAME:key=value,...; auto races the frozen-feature methods."] = "auto",
     backbone: BackboneOption = DEFAULT_BACKBONE,
     out: Annotated[Path | None, "Folder of the Bundle; default runs/DATA-METHOD."] = None,
@@ -40,7 +45,7 @@ def fit(
     offline: OfflineOption = False,
     device: DeviceOption = "auto",
     progress: Progress | None = None,
-) -> Bundle:
+) -> Any:
     """Adapt a pretrained backbone to labelled images and write a Bundle: model, calibration, metrics, report.
 
     Stopped or killed, the same command with the same --out goes on where it was. Under torchrun or accelerate launch
@@ -61,6 +66,14 @@ def fit(
     start = time.perf_counter()
     seconds = parse_budget(budget)
     check_choices(device=device, class_weights=class_weights)
+    if other := other_task(task, method):
+        if class_weights != "auto":
+            raise UsageError(f"--class-weights {class_weights}: {other} has no class weights")
+        chosen_name = the_method_of(other) if method == "auto" else method
+        return import_module(f"foveal.verbs._fit_{other.replace('-', '_')}").fit(
+            data, method=chosen_name, backbone=backbone, out=Path(out) if out else default_out(data, chosen_name),
+            seed=seed, budget=seconds, device=device, offline=offline, progress=progress,
+        )  # fmt: skip
     chosen = None if method == "auto" else choose(method)
     out = Path(out) if out else default_out(data, method)
     request = request_of(data, method, backbone, seed, class_weights)
@@ -99,6 +112,41 @@ def fit(
         shutil.rmtree(work, ignore_errors=True)
     team.wait()
     return load(out)
+
+
+def other_task(task: str | None, method: str) -> OtherTask | None:
+    """The task to fit for, unless it is classifying images.
+
+    Raises:
+        UsageError: no such task, or one that the method does not do.
+    """
+    from foveal.core import catalogue
+    from foveal.core.options import split_choice
+
+    if task is not None and task not in OTHER_TASKS:
+        raise UsageError(f"--task {task}: expected {', '.join(OTHER_TASKS)}, or none to classify images")
+    asked = cast("OtherTask | None", task)
+    if method == "auto":
+        return asked
+    name = split_choice(method)[0]
+    does = [each for each in catalogue.get(name).spec.tasks if each in OTHER_TASKS]
+    if task is not None and task not in does:
+        raise UsageError(f"--task {task} --method {name}: {name} does {', '.join(catalogue.get(name).spec.tasks)}")
+    return asked or (cast(OtherTask, does[0]) if does else None)
+
+
+def the_method_of(task: OtherTask) -> str:
+    """The one method for a task.
+
+    Raises:
+        UsageError: there are several, or none.
+    """
+    from foveal.core import catalogue
+
+    found = [name for name in catalogue.names(ROOMS[task]) if task in catalogue.get(name).spec.tasks]
+    if len(found) != 1:
+        raise UsageError(f"--task {task}: choose one with --method ({', '.join(found) or 'there is none'})")
+    return found[0]
 
 
 def default_out(data: str | Path | Dataset, method: str) -> Path:

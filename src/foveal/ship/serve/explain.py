@@ -165,10 +165,10 @@ class Explainer:
 
     @cached_property
     def open_model(self) -> OpenModel:
-        from foveal.ship.bundle import load
+        from foveal.ship.bundle import load_classifier
         from foveal.ship.explain import open_model_of
 
-        return open_model_of(load(self.settings.bundle), "cpu")
+        return open_model_of(load_classifier(self.settings.bundle), "cpu")
 
 
 def too_slow(seconds: float) -> Busy:
