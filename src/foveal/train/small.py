@@ -18,11 +18,13 @@ import torch
 from PIL import Image
 
 from foveal.backbones.adapter import Backbone, Plan, build
+from foveal.core.families.distill import Distill
 from foveal.core.method import Adapt, Classifier
 from foveal.core.preprocessing import Preprocessing
 from foveal.core.seeds import derive, generator, seed_everything
 from foveal.data.dataset import Dataset, Memory
 from foveal.train.classify import predict_logits, train_classifier
+from foveal.train.distill import TaughtImages, train_student
 from foveal.train.events import Event, balanced_accuracy
 
 
@@ -202,6 +204,52 @@ def measure(
     logits, _ = predict_logits(model, dataset, test_rows, own.preprocessing, device="cpu")
     score = balanced_accuracy(logits, torch.from_numpy(dataset.labels[test_rows]))
     return Outcome(model, score, seconds, float(np.median(steps)) if steps else 0.0, trained)
+
+
+def distilled(
+    method: Distill,
+    backbone: Backbone,
+    teacher: Classifier | None,
+    dataset: Dataset,
+    train_rows: np.ndarray,
+    test_rows: np.ndarray,
+    seed: int,
+    *,
+    unlabelled: Dataset | None = None,
+) -> Outcome:
+    """Train a copy of a backbone beside a teacher on some rows of a dataset and measure on others. Runs on the CPU.
+
+    Args:
+        teacher: reads images as the backbone does, or None for the labels alone.
+    """
+    start = time.perf_counter()
+    own = Backbone(backbone.plan, build(backbone.plan))
+    own.load_state_dict(backbone.state_dict())
+    seed_everything(derive(seed, "init"))
+    student = method.attach(own, len(dataset.classes))
+    trained = sum(p.numel() for p in student.parameters())
+    weights = balanced_weights(dataset.labels[train_rows], len(dataset.classes))
+    feed = TaughtImages(
+        dataset, dataset.labels, train_rows, own.preprocessing, weights, method.recipe(),
+        teacher=None if teacher is None else own.preprocessing, unlabelled=unlabelled,
+    )  # fmt: skip
+    steps, before = [], [time.perf_counter()]
+
+    def listen(event: Event) -> None:
+        now = time.perf_counter()
+        if event["event"] == "step":
+            steps.append(now - before[0])
+        before[0] = now
+
+    with tempfile.TemporaryDirectory() as work:
+        model = train_student(
+            method, method.pair(student, teacher), feed, np.array([], int), seed,
+            device="cpu", work=Path(work), on_event=listen,
+        ).model  # fmt: skip
+    seconds = time.perf_counter() - start
+    logits, _ = predict_logits(model, dataset, test_rows, own.preprocessing, device="cpu")
+    score = balanced_accuracy(logits, torch.from_numpy(dataset.labels[test_rows]))
+    return Outcome(model, score, seconds, float(np.median(steps)), trained)
 
 
 @dataclass(frozen=True)

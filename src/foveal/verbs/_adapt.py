@@ -9,11 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from foveal.train.events import TrainResult
 
 from foveal.core import catalogue
 from foveal.core.errors import UsageError
@@ -46,7 +49,7 @@ class Known:
 class Adapted:
     """What a method made of one split.
 
-    The logits of `held_out` are of models that never saw those images; temperature and unknown threshold come from
+    `changed` says that the backbone is not the prepared one any more. The logits of `held_out` are of models that never saw those images; temperature and unknown threshold come from
     them. Out of fold, `held_out` may be `fitted` itself.
     """
 
@@ -59,11 +62,17 @@ class Adapted:
     temperature: float
     seconds: float
     trained_params: int
+    changed: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def probabilities(self, known: Known, task: Task) -> np.ndarray:
         """Calibrated probabilities [n, C]."""
         return to_probabilities(known.logits.numpy(), task, self.temperature)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the prepared features are what the head reads."""
+        return self.method.reads_features() and not self.changed
 
     @property
     def total_params(self) -> int:
@@ -159,7 +168,7 @@ def choose(choice: str) -> Adapt:
         UsageError: unknown name or options, or a method of another family.
     """
     method = catalogue.create(choice)
-    if not isinstance(method, Adapt):
+    if not isinstance(method, Adapt) or method.spec.family != "adapt":
         raise UsageError(f"{method.name} is a {method.spec.family} method: fit and compare take adapt methods")
     return method
 
@@ -221,13 +230,11 @@ def adapt_trained(
     progress: Progress,
 ) -> Adapted:
     """Train through the backbone, calibrated on the validation split. Goes on from what `work` holds."""
-    from foveal.train.classify import predict_logits, train_classifier
+    from foveal.train.classify import train_classifier
 
     begin = time.perf_counter()
     seed_everything(derive(seed, "init"))
     train_rows, val_rows = np.flatnonzero(splits == "train"), np.flatnonzero(splits == "val")
-    test_rows = np.flatnonzero(splits == "test")
-    labels = prepared.dataset.labels
     _, per_class = prepared.label_weights(train_rows, class_weights)
     model = method.attach(copy.deepcopy(prepared.backbone), len(prepared.dataset.classes))
     trained_params = sum(p.numel() for _, p in trainable(model))
@@ -236,7 +243,7 @@ def adapt_trained(
         model,
         prepared.dataset,
         prepared.backbone.preprocessing,
-        labels,
+        prepared.dataset.labels,
         train_rows,
         val_rows,
         torch.from_numpy(per_class),
@@ -247,15 +254,38 @@ def adapt_trained(
         budget_s=budget,
         on_event=lambda event: report_event(event, method.name, progress),
     )
-    seconds = time.perf_counter() - begin
+    return judged(
+        method,
+        result,
+        prepared,
+        splits,
+        device=device,
+        seconds=time.perf_counter() - begin,
+        trained_params=trained_params,
+    )
 
-    def known(rows: np.ndarray) -> Known:
+
+def judged(
+    method: Adapt,
+    result: TrainResult,
+    prepared: Prepared,
+    splits: np.ndarray,
+    *,
+    device: str,
+    seconds: float,
+    trained_params: int,
+) -> Adapted:
+    """What the loop made, with its answers for every split and the temperature that the validation images ask for."""
+    from foveal.train.classify import predict_logits
+
+    def known(name: str) -> Known:
+        rows = np.flatnonzero(splits == name)
         logits, features = predict_logits(
             result.model, prepared.dataset, rows, prepared.backbone.preprocessing, device=device, together=True
         )
-        return Known(rows, features, torch.from_numpy(labels[rows]), logits)
+        return Known(rows, features, torch.from_numpy(prepared.dataset.labels[rows]), logits)
 
-    fitted, held_out, test = known(train_rows), known(val_rows), known(test_rows)
+    fitted, held_out, test = known("train"), known("val"), known("test")
     temperature = fit_temperature(held_out.logits.numpy(), held_out.labels.numpy(), prepared.dataset.task)
     return Adapted(
         method,
@@ -267,7 +297,7 @@ def adapt_trained(
         temperature,
         seconds,
         trained_params,
-        result.history,
+        history=result.history,
     )
 
 

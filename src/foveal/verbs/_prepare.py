@@ -79,7 +79,7 @@ class Prepared:
 
 def prepare(
     data: str | Path | Dataset,
-    backbone: str,
+    backbone: str | Backbone,
     *,
     offline: bool = False,
     device: str = "auto",
@@ -98,7 +98,7 @@ def prepare(
     dataset = open_dataset(data, offline=offline)
     if split and not comes_split(dataset):
         enough(dataset.labels, np.arange(len(dataset)), dataset.classes)
-    loaded = load_backbone(backbone, offline=offline)
+    loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, offline=offline)
     extraction = extract(
         dataset, loaded, device=device, progress=lambda done, total: progress.update("reading images", done, total)
     )
