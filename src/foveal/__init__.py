@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from foveal.verbs.reproduce import reproduce
     from foveal.verbs.samples import samples
     from foveal.verbs.serve import serve
+    from foveal.verbs.shrink import shrink
 
 VERBS = (
     "fit",
@@ -40,6 +41,7 @@ VERBS = (
     "check",
     "curate",
     "export",
+    "shrink",
     "serve",
     "push",
     "methods",
@@ -66,6 +68,7 @@ __all__ = [
     "reproduce",
     "samples",
     "serve",
+    "shrink",
 ]
 
 

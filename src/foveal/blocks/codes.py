@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,24 @@ def symmetric(weight: NDArray[np.float32], axis: int, levels: int = 127) -> Code
     scale = np.maximum(scale, np.finfo(np.float32).tiny)
     values = np.rint(weight / along(scale, weight.ndim, axis)).clip(-levels, levels).astype(np.int8)
     return Codes(values, scale, axis)
+
+
+def given(pairs: Iterable[tuple[NDArray[np.float32], Codes]], other: Quantizer) -> Quantizer:
+    """A quantizer that gives weights made from codes these codes back, and leaves all others to `other`.
+
+    Args:
+        pairs: weights with their output channels first, and the codes whose products they are.
+    """
+    known = {weight.tobytes(): codes for weight, codes in pairs}
+
+    def quantizer(weight: NDArray[np.float32], axis: int) -> Codes:
+        first = np.ascontiguousarray(np.moveaxis(weight, axis, 0))
+        if first.tobytes() not in known:
+            return other(weight, axis)
+        codes = known[first.tobytes()]
+        return Codes(np.moveaxis(codes.values, 0, axis), codes.scale, axis)
+
+    return quantizer
 
 
 def along(scale: NDArray[Any], ndim: int, axis: int) -> NDArray[Any]:

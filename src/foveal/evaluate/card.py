@@ -85,7 +85,7 @@ def write_card(path: str | Path, context: ReportContext, classifier: Classifier 
         "provenance": list(provenance(manifest, metrics)),
         "version": version("foveal"),
         "by_hand": classifier is not None,
-        "beyond_timm": beyond_timm(classifier, manifest["backbone"]["arch"]) if classifier else None,
+        "beyond_timm": beyond_timm(classifier, manifest) if classifier else None,
         "bias": classifier is not None and getattr(classifier.head, "bias", None) is not None,
         "licence": NO_LICENCE,
     }
@@ -94,9 +94,11 @@ def write_card(path: str | Path, context: ReportContext, classifier: Classifier 
     Path(path).write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
-def beyond_timm(classifier: Classifier, arch: str) -> str | None:
+def beyond_timm(classifier: Classifier, manifest: Mapping[str, Any]) -> str | None:
     """Why timm and a matrix product cannot answer as this classifier does; None where they can."""
-    kind = type(classifier)
+    kind, arch = type(classifier), manifest["backbone"]["arch"]
+    if steps := manifest.get("steps"):
+        return f"{listed([step['name'] for step in steps])} changed the structure of timm's {arch}"
     if kind.features is not Classifier.features or kind.forward is not Classifier.forward:
         return f"its features are computed in another way than timm's {arch} does ({kind.__name__})"
     if type(classifier.head) is not nn.Linear:

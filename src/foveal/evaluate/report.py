@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+from foveal.evaluate.beside import sides
 from foveal.evaluate.charts import curves_chart, drawn, place, reliability_chart, unknown_chart
 from foveal.evaluate.page import (
     METRICS,
@@ -21,6 +22,7 @@ from foveal.evaluate.page import (
     lane,
     listed,
     percent,
+    quantity,
     sentence,
     write_page,
 )
@@ -108,6 +110,7 @@ def write_report(path: str | Path, context: ReportContext) -> None:
         "unknown": unknown(context["calibration"]["unknown"]),
         "curves": curves(metrics.get("history") or []),
         "mistakes": [shot(mistake) for mistake in context["mistakes"][:SHOWN_MISTAKES]],
+        "beside": before_after(context["cost"].get("shrunk")),
         "cost": list(cost_rows(context["cost"])),
         "provenance": list(provenance(manifest, metrics)),
     }
@@ -351,6 +354,26 @@ def shot(mistake: Mistake) -> dict[str, str | None]:
     }
 
 
+def before_after(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a shrunk model lost and gained."""
+    if record is None:
+        return None
+    columns, rows = sides(record)
+    timed = f"timed in turns in one run by {record['engine']}, {record['threads']} threads" if record["engine"] else ""
+    return {
+        "tone": "good" if record["accepted"] else "care",
+        "verdict": sentence(record["verdict"]),
+        "about": sentence("; ".join(filter(None, [timed, record.get("reason", "")]))),
+        "columns": columns,
+        "rows": rows,
+        "steps": [
+            (step["name"], ", ".join(f"{key.replace('_', ' ')} {quantity(value)}" for key, value in said.items()))
+            for step in record["steps"]
+            for said in [{**step["options"], **step["notes"]}]
+        ],
+    }
+
+
 def provenance(manifest: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "seed", str(manifest.get("seed"))
     yield "data fingerprint", str(manifest["data"].get("fingerprint"))
@@ -365,7 +388,7 @@ def provenance(manifest: Mapping[str, Any], metrics: Mapping[str, Any]) -> Itera
 
 def cost_rows(cost: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """cost.json in words; what it holds beyond the known, by its own names."""
-    known = {"parameters", "macs", "bytes", "latency", "throughput"}
+    known = {"parameters", "macs", "bytes", "latency", "throughput", "shrunk"}
     if size := cost.get("parameters"):
         yield "parameters", f"{count(size['total'])}, of which {count(size['trained'])} were set by training"
     if cost.get("macs") is not None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foveal.backbones.adapter import Backbone, normalise, rebuild_backbone
+from foveal.blocks.codes import Codes
 from foveal.core import catalogue
 from foveal.core.bundle import BundleFiles, open_bundle
 from foveal.core.errors import BundleError, DataError
@@ -154,6 +155,11 @@ class Bundle:
                 raise BundleError(f"Bundle {self.path} names {method.name} as a step, which changes no structure")
             found.append((method, step["plan"]))
         return found
+
+    @property
+    def codes(self) -> list[tuple[np.ndarray, Codes]]:
+        """Weights that a step made from integers, output channels first, and those integers."""
+        return [pair for method, _ in self.steps for pair in method.codes(self.model.classifier)]
 
     @property
     def head_shapes(self) -> dict[str, torch.Size]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foveal.blocks.codes import Codes, Quantizer, along, symmetric
+from foveal.blocks.codes import Codes, Quantizer, along, given, symmetric
 from foveal.core.errors import FovealError, UsageError
 from foveal.ship.runtime import session_options, with_onnxruntime, without_front
 
@@ -214,7 +214,13 @@ def ranges_of(observed: Observed, clipped: float) -> Ranges:
     }
 
 
-def quantize(source: Path, target: Path, squares: Sequence[NDArray[np.uint8]], threads: int = 1) -> dict[str, Any]:
+def quantize(
+    source: Path,
+    target: Path,
+    squares: Sequence[NDArray[np.uint8]],
+    threads: int = 1,
+    codes: Iterable[tuple[NDArray[np.float32], Codes]] = (),
+) -> dict[str, Any]:
     """Write an exported model in 8 bits, with the same inputs, outputs and metadata.
 
     Of a few widths of the activations' ranges the one is kept whose answers on `squares` are nearest to the float32
@@ -224,6 +230,7 @@ def quantize(source: Path, target: Path, squares: Sequence[NDArray[np.uint8]], t
         source: the float32 file, as `foveal export` writes it.
         target: the file to write.
         squares: uint8 [S, S, 3] each, of images the model was trained on.
+        codes: weights, output channels first, that are products of integers and a scale; they keep these integers.
 
     Returns:
         `images` (how many calibrated), `layers` (how many are int8), `clipped` (see `ranges_of`).
@@ -241,7 +248,7 @@ def quantize(source: Path, target: Path, squares: Sequence[NDArray[np.uint8]], t
     if not layers:
         raise FovealError("the model has no convolution or matrix product with constant weights to make int8")
     observed = observe(model, squares, threads)
-    quantizer = partial(symmetric, levels=127 if adds_in_32_bits() else 63)
+    quantizer = given(codes, partial(symmetric, levels=127 if adds_in_32_bits() else 63))
     wanted = answers(model, squares, threads)
     best: Any = None
     clipped, error = 0.0, np.inf

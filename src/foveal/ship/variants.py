@@ -117,6 +117,7 @@ class Judged:
     labels: NDArray[np.bool_]
     unknown: NDArray[np.bool_]
     garbage: NDArray[np.bool_]
+    accuracy: float | None
     balanced_accuracy: float | None
 
     @staticmethod
@@ -128,11 +129,11 @@ class Judged:
         try:
             task: Task = "multi-label" if multi else "single-label"
             found = measure(probabilities, held_out.labels, runtime.classes, task, resamples=0)
-            balanced = found["balanced_accuracy"]["value"]
+            right = [found[name]["value"] for name in ("accuracy", "balanced_accuracy")]
         except FovealError:  # probabilities that are not finite
-            balanced = None
+            right = [None, None]
         known = [scores <= runtime.threshold, garbage <= runtime.threshold]
-        return Judged(probabilities >= 0.5 if multi else best, ~known[0], ~known[1], balanced)
+        return Judged(probabilities >= 0.5 if multi else best, ~known[0], ~known[1], *right)
 
     def beside(self, reference: Judged) -> dict[str, Any]:
         mine, other = self.balanced_accuracy, reference.balanced_accuracy
@@ -152,28 +153,32 @@ def in_batches(runtime: Runtime, squares: NDArray[np.uint8]) -> tuple[NDArray[np
 
 
 def time_in_turns(
-    runtimes: Mapping[str, Callable[[NDArray[np.uint8]], object]], squares: NDArray[np.uint8]
+    runtimes: Mapping[str, Callable[[NDArray[np.uint8]], object]],
+    squares: NDArray[np.uint8],
+    *,
+    batches: Sequence[int] = BATCHES,
+    seconds: float = SECONDS,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Median time of a call for each batch of BATCHES; the runtimes take turns, each round starting with another."""
+    """Median time of a call for each batch; the runtimes take turns, each round starting with another."""
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in runtimes}
     names = list(runtimes)
-    for batch in BATCHES:
+    for batch in batches:
         given = np.resize(squares, (batch, *squares.shape[1:]))
-        seconds: dict[str, list[float]] = {name: [] for name in names}
+        spent: dict[str, list[float]] = {name: [] for name in names}
         for run in runtimes.values():
             run(given)
         begin = time.perf_counter()
         for turn in itertools.count():
-            enough = turn >= ROUNDS[0] and time.perf_counter() - begin > SECONDS
+            enough = turn >= ROUNDS[0] and time.perf_counter() - begin > seconds
             if enough or turn >= ROUNDS[1]:
                 break
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 start = time.perf_counter()
                 runtimes[name](given)
-                seconds[name].append(time.perf_counter() - start)
+                spent[name].append(time.perf_counter() - start)
         for name in names:
-            median = statistics.median(seconds[name])
+            median = statistics.median(spent[name])
             rows[name].append(
                 {
                     "batch": batch,

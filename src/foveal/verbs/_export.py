@@ -74,7 +74,7 @@ def shrink_export(path: Path, data: str | None, max_drop: float, require: bool, 
     files = {"model.onnx": path / "model.onnx"}
     with atomic_file(target) as staging:
         progress.say(f"int8: calibrating on {calibrated_on}")
-        calibration = quantize(files["model.onnx"], staging, squares, threads)
+        calibration = quantize(files["model.onnx"], staging, squares, threads, bundle.codes)
         rows, chosen = compare_variants(
             {**files, target.name: staging}, held_out, max_drop=max_drop, threads=threads, say=progress.say
         )

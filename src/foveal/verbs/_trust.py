@@ -45,7 +45,7 @@ def trust(adapted: Adapted, prepared: Prepared, device: str) -> tuple[Calibrated
 def strange_images(adapted: Adapted, prepared: Prepared, device: str) -> tuple[np.ndarray, np.ndarray]:
     """Features and logits of procedural images that resemble no photo."""
     classifier = adapted.classifier
-    if adapted.method.reads_features():
+    if adapted.frozen:
         features = torch.from_numpy(garbage_features(prepared.backbone, device=device))
     else:
         pixels = torch.from_numpy(garbage(GARBAGE, prepared.backbone.preprocessing.size, 0))

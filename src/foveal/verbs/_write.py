@@ -127,7 +127,6 @@ def write_bundle(
         spent = cost(
             adapted.classifier, backbone.preprocessing, adapted.trained_params, folder, device=device, session=session
         )
-        write_json(folder / "cost.json", spent)
         spent |= cost_too(folder)
         write_json(folder / "cost.json", spent)
         context = ReportContext(
