@@ -12,10 +12,12 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from foveal.ship.bundle import Bundle, load
+    from foveal.verbs.audit import audit
     from foveal.verbs.backbones import backbones
     from foveal.verbs.check import check
     from foveal.verbs.compare import compare
     from foveal.verbs.curate import curate
+    from foveal.verbs.distill import distill
     from foveal.verbs.embed import embed
     from foveal.verbs.evaluate import evaluate
     from foveal.verbs.explain import explain
@@ -38,10 +40,12 @@ VERBS = (
     "predict",
     "evaluate",
     "explain",
+    "audit",
     "check",
     "curate",
     "export",
     "shrink",
+    "distill",
     "serve",
     "push",
     "methods",
@@ -51,10 +55,12 @@ VERBS = (
 )
 __all__ = [
     "Bundle",
+    "audit",
     "backbones",
     "check",
     "compare",
     "curate",
+    "distill",
     "embed",
     "evaluate",
     "explain",

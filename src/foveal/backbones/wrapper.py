@@ -7,6 +7,7 @@ has a torch module inside, whose layers can be read and through which gradients 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from foveal.backbones.adapter import Backbone
 from foveal.backbones.recorder import find, recording
 from foveal.core.errors import BackboneError, DataError, UsageError
+from foveal.core.method import Classifier
 from foveal.core.preprocessing import Preprocessing
 
 BATCH = 32
@@ -158,6 +160,64 @@ class OpenModel(Scorer):
                 raise UsageError(f"layer '{layer}' takes no part in the answer: choose another")
             parts.append(as_map(seen[layer], layer, part.shape[-2:], self.backbone))
         return torch.cat(parts)
+
+
+class Encoder(nn.Module):
+    """A frozen network that an attack looks through: images [B, 3, H, W] in [0, 1] -> features [B, D].
+
+    It holds a copy of the network, stays in eval mode whatever it becomes a part of, and lets gradients reach the
+    images and nothing else.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, preprocessing: Preprocessing) -> None:
+        """
+        Args:
+            network: in eval mode; normalised images -> features. Of a `Classifier`, what its head reads.
+            preprocessing: whose mean and deviation are applied here.
+
+        Raises:
+            UsageError: the network is in training mode.
+        """
+        super().__init__()
+        check_mode(network)
+        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).reshape(3, 1, 1))
+        self.register_buffer("std", torch.tensor(preprocessing.std).reshape(3, 1, 1))
+        self.eval()
+
+    def train(self, mode: bool = True) -> Encoder:
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """
+        Raises:
+            DataError: images that are not float [B, 3, H, W] in [0, 1].
+            UsageError: the network does not answer [B, D].
+        """
+        check_images(images)
+        normalised = (images - self.mean) / self.std
+        read = self.network.features if isinstance(self.network, Classifier) else self.network
+        features = read(normalised)
+        if not isinstance(features, Tensor) or features.ndim != 2:
+            shown = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise UsageError(f"the encoder answered {shown}: expected features [B, D]; pool its maps or tokens first")
+        return features
+
+
+def check_budget(eps: float) -> float:
+    """`eps`, if it can be the largest change of a pixel of images in [0, 1].
+
+    Raises:
+        UsageError: not above 0, or so large that it must be meant for images of 0 to 255.
+    """
+    if eps >= 1:
+        raise UsageError(f"eps={eps:g}: images are in [0, 1] here, give {eps:g}/255 = {eps / 255:.4f}")
+    if not eps > 0:
+        raise UsageError(f"eps={eps:g}: expected above 0 and below 1, such as 0.0314 (8/255)")
+    return eps
 
 
 def as_map(output: Any, layer: str, size: Sequence[int], backbone: Backbone | None) -> Tensor:
