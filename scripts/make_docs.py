@@ -24,9 +24,16 @@ from foveal.core.options import describe_options
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 FAMILIES = ("cnn", "vit", "windowed", "hybrid")
-COMMANDS = {"adapt": "foveal fit DATA", "explain": "foveal explain BUNDLE IMAGES"}
+COMMANDS = {
+    "adapt": "foveal fit DATA",
+    "curate": "foveal curate DATA",
+    "explain": "foveal explain BUNDLE IMAGES",
+    "retrieve": "foveal index DATA",
+}
 WORKS = {
     "adapt": "the same seed gives the same model; saved, loaded, resumed and exported to ONNX, it answers the same",
+    "curate": "the same images give the same selection; every image dropped has one that stays, of its own group; "
+    "a share that is asked for is met or refused",
     "explain": "the same seed gives the same map, whatever other images come with it, in memory that does not grow "
     "with their number; nothing is left on the model, also after a crash",
 }
@@ -88,7 +95,7 @@ def measurement(card: dict[str, Any]) -> str:
 
 
 def needs(spec: Spec) -> str:
-    return ", ".join(sorted(spec.needs)) or "scores only"
+    return ", ".join(sorted(spec.needs)) or ("scores only" if spec.family == "explain" else "images only")
 
 
 def index_page() -> str:
