@@ -85,11 +85,13 @@ def timed_beside(
     held_out: HeldOut,
     codes: Sequence[tuple[NDArray[np.float32], Codes]] = (),
     calibrating: Sequence[NDArray[np.uint8]] = (),
+    seconds: float = SECONDS,
 ) -> Beside:
     """Time 'before' and 'after' in turns; with codes of the latter's weights also 'after, int8', which is made of them.
 
     Args:
         calibrating: squares uint8 [S, S, 3] of training images, for the ranges of activations.
+        seconds: of timing each batch.
     """
     with tempfile.TemporaryDirectory() as folder:
         runtimes: dict[str, Runtime] = {}
@@ -110,7 +112,7 @@ def timed_beside(
                 "balanced_accuracy": answered.balanced_accuracy,
                 "accuracy": answered.accuracy,
             }
-        latency = time_in_turns(runtimes, held_out.squares, seconds=SECONDS) if runtimes else {}
+        latency = time_in_turns(runtimes, held_out.squares, seconds=seconds) if runtimes else {}
         engine = next(iter(runtimes.values())).engine if runtimes else None
     about = {"engine": engine, "threads": exporter.threads, **({"reason": "; ".join(reasons)} if reasons else {})}
     return Beside({name: latency.get(name, []) for name in [*models, *runtimes]}, int8, about)

@@ -14,7 +14,7 @@ from foveal.core.method import Classifier, Method
 
 Quantity = Literal["params", "macs", "latency", "size"]
 """What a target speaks of: numbers in the model, multiply-accumulates of an image, milliseconds of an image in ONNX
-Runtime, bytes of model.safetensors."""
+Runtime, bytes of the weights as they are stored."""
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 
 
