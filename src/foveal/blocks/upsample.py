@@ -23,7 +23,7 @@ def useful(shapes: Sequence[Shape], size: tuple[int, int]) -> list[int]:
 
 class Upsample(nn.Module):
     """Feature maps -> maps [B, outputs, h, w]: each is brought to one width, and from the coarsest on every step
-    doubles the size (bilinear, pixel centres kept), adds the feature map of that size where there is one, and convolves.
+    doubles the size (bilinear, pixel centres kept), adds the feature map of that size if there is one, and convolves.
 
     Args:
         shapes: of every feature map that `forward` will be given.

@@ -22,6 +22,7 @@ from PIL import Image
 from foveal.core.errors import DataError
 from foveal.data.dataset import Dataset, Files, Memory, Source, printable, unique
 from foveal.data.scan import SCAN, scan
+from foveal.data.split import Stock
 from foveal.data.table import Table, bounded, images_of, read_splits, reading, spill
 
 EXPECTED = "expected columns image and x1,y1,x2,y2,... or NAME_x,NAME_y, and if you like v1,... or NAME_v, split, flip"
@@ -277,8 +278,8 @@ def check_order(points: Points, sizes: np.ndarray, read: np.ndarray) -> None:
         k = int(np.flatnonzero(~as_given[row])[0])
         x, y = points.xy[row, k]
         raise DataError(
-            f"{points.images.name}: point {points.names[k]} of {points.images.ids[row]} is at x={x:g}, y={y:g}, outside "
-            f"of its {sizes[row, 0]:.0f} x {sizes[row, 1]:.0f} pixels (width x height), and so in {int(wrong.sum())} "
+            f"{points.images.name}: point {points.names[k]} of {points.images.ids[row]} is at x={x:g}, y={y:g}, "
+            f"outside of its {sizes[row, 0]:.0f} x {sizes[row, 1]:.0f} pixels (width x height), and so in {int(wrong.sum())} "
             "images, but all fit as (row, column): swap the columns, x counts columns from the left"
         )
 
@@ -296,3 +297,30 @@ def in_memory(
     dataset = Dataset("memory", ids, np.zeros(len(ids), np.int64), (), "single-label", None, Memory(encoded))
     named = tuple(names) or tuple(str(k + 1) for k in range(xy.shape[1]))
     return Points(dataset, xy.astype(np.float64), np.ones(xy.shape[:2], bool), named, flip)
+
+
+def split_points(points: Points, groups: np.ndarray, seed: int) -> np.ndarray:
+    """'train', 'val' or 'test' for each image.
+
+    Splits that the data came with are kept; without 'test', 'val' is what is measured. Data without any are split by
+    `seed`, 7 to 1 to 2; images of one group stay on one side.
+
+    Raises:
+        DataError: too few images, or a given split that leaves none to learn from.
+    """
+    given = points.images.splits
+    if given is not None and np.isin(given, ["test", "val"]).any():
+        splits = given.copy()
+        if not (splits == "test").any():
+            splits[splits == "val"] = "test"
+        if not (splits == "train").any():
+            raise DataError(f"{points.images.name} has no images in 'train': expected a train split beside the others")
+        return splits
+    distinct = len(np.unique(groups))
+    if distinct < 5:
+        raise DataError(
+            f"{points.images.name} has {distinct} distinct images (near-duplicates count once), expected 5 at least "
+            "to learn from and to measure on: add images, or a column split"
+        )
+    stock = Stock.of(np.zeros(len(points), np.int64), groups, None)
+    return np.array(["train", "val", "test"])[stock.share(np.array([0.7, 0.1, 0.2]), seed)[stock.group_of]]

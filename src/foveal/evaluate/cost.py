@@ -98,6 +98,33 @@ def runner(
     return with_torch, f"torch {target.type}", torch.get_num_threads()
 
 
+def module_cost(
+    module: nn.Module, preprocessing: Preprocessing, trained_params: int, folder: Path, *, device: str = "auto"
+) -> dict[str, Any]:
+    """The content of cost.json of a network of images that is no classifier; see `cost`."""
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    target, size = torch.device("cuda" if cuda else "cpu"), preprocessing.size
+    module = module.to(target)
+    pixels = torch.zeros(BATCH, size, size, 3, dtype=torch.uint8)
+
+    @torch.inference_mode()
+    def run(count: int) -> object:
+        return module(normalise(pixels[:count].to(target), preprocessing)).cpu()
+
+    where = {"threads": torch.get_num_threads(), "engine": f"torch {target.type}"}
+    one, many = timed(lambda: run(1)), timed(lambda: run(BATCH))
+    return {
+        "parameters": {
+            "total": sum(value.numel() for value in module.state_dict().values()),
+            "trained": trained_params,
+        },
+        "macs": counted(module, (1, 3, size, size)),
+        "bytes": sum(file.stat().st_size for file in sorted(folder.glob("*.safetensors"))),
+        "latency": [{"batch": 1, **where, "milliseconds": round(1000 * one, 3)}],
+        "throughput": [{"batch": BATCH, **where, "images_per_second": round(BATCH / many, 1)}],
+    }
+
+
 def timed(run: Callable[[], object]) -> float:
     """Median seconds of a call, the first one left out."""
     run()

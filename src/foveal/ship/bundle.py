@@ -49,7 +49,7 @@ SMALLEST = 1 / 64
 built before it is shrunk, and takes memory."""
 
 
-def save_weights(model: Calibrated, path: Path) -> None:
+def save_weights(model: nn.Module, path: Path) -> None:
     """All parameters and buffers, as safetensors.
 
     Raises:

@@ -195,9 +195,7 @@ def test_mirrored_views_swap_left_and_right():
     assert float(disagreement(maps, swapped, matrix, order)) == pytest.approx(
         float(disagreement(maps, seen, matrix, STRAIGHT))
     )
-    assert float(disagreement(maps, swapped, matrix, STRAIGHT)) > 5 * float(
-        disagreement(maps, swapped, matrix, order)
-    )
+    assert float(disagreement(maps, swapped, matrix, STRAIGHT)) > 5 * float(disagreement(maps, swapped, matrix, order))
 
 
 class Fixed(nn.Module):

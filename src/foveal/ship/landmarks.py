@@ -1,0 +1,176 @@
+"""Opening a Bundle of landmarks, and finding points with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors.torch import load_file
+from torch import nn
+
+from foveal.backbones.adapter import rebuild_backbone
+from foveal.core import catalogue
+from foveal.core.bundle import BundleFiles
+from foveal.core.errors import BundleError, DataError
+from foveal.core.families.dense import Dense
+from foveal.core.options import parse_options
+from foveal.core.preprocessing import Preprocessing
+from foveal.core.schema import OtherManifest, StoredBackbone
+from foveal.data.open import open_images
+from foveal.features.locate import locate
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+
+class LandmarkManifest(OtherManifest):
+    """bundle.json of a network of landmarks."""
+
+    classes: Annotated[list[str], Field(min_length=1, max_length=10_000)]
+    backbone: StoredBackbone
+
+
+def open_landmarks(files: BundleFiles) -> LandmarkBundle:
+    """
+    Raises:
+        BundleError: bundle.json lacks what a network of landmarks needs.
+    """
+    try:
+        LandmarkManifest.model_validate(files.manifest)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(
+            f"bundle.json in Bundle {files.path} is not as foveal writes it ({where}: {first['msg']}): "
+            "restore it or fit again"
+        ) from None
+    return LandmarkBundle(files)
+
+
+@dataclass(frozen=True)
+class LandmarkBundle:
+    """A network that finds named points. `predict` answers for images."""
+
+    files: BundleFiles
+
+    @property
+    def path(self) -> Path:
+        return self.files.path
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return self.files.manifest
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.files.metrics
+
+    @property
+    def cost(self) -> dict[str, Any]:
+        return self.files.cost
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the points, in the order of the network's maps."""
+        return tuple(self.manifest["classes"])
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        return Preprocessing.from_dict(self.manifest["backbone"]["preprocessing"])
+
+    @cached_property
+    def method(self) -> Dense:
+        chosen = self.manifest["method"]
+        cls = catalogue.get(chosen["name"])
+        method = cls(parse_options(cls.Options, chosen["options"], chosen["name"]))
+        if not isinstance(method, Dense):
+            raise BundleError(f"Bundle {self.path} was made by {method.name}, which finds no points")
+        return method
+
+    @cached_property
+    @torch.inference_mode(False)
+    def model(self) -> nn.Module:
+        """The torch network: normalised images [B, 3, S, S] -> maps [B, K, h, w]."""
+        try:
+            weights = load_file(self.path / "model.safetensors")
+            held = sum(tensor.numel() for tensor in weights.values())
+            backbone = rebuild_backbone(self.manifest["backbone"], most=held)
+            model = self.method.finish(self.method.attach(backbone, len(self.names)))
+            model.load_state_dict(weights)
+            return model.eval()
+        except Exception as error:  # modules meet tensors of other shapes, types and numbers with errors of any type
+            reason = str(error).replace("\n", " ") or type(error).__name__
+            raise BundleError(
+                f"the weights of Bundle {self.path} do not fit its bundle.json ({reason}): "
+                "restore the folder or fit again"
+            ) from None
+
+    def predict(
+        self,
+        images: str | Path | Image.Image | np.ndarray | Iterable[str | Path | Image.Image | np.ndarray],
+        *,
+        device: str = "auto",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Find the points in images: files, folders, PIL images or uint8 arrays [H, W, 3].
+
+        Returns:
+            One row per image: image, width, height, points (name, x, y, score; x and y in the upright image's own
+            pixels, (0, 0) the centre of the top left one; score in 0..1, the height of the map, not calibrated). An
+            image that cannot be decoded has no points and says why under `error`.
+
+        Raises:
+            DataError: no image, or none that can be decoded.
+        """
+        single = isinstance(images, str | Path) or hasattr(images, "getbands") or hasattr(images, "dtype")
+        dataset = open_images([images] if single else list(images))  # type: ignore[arg-type]
+        found = locate(
+            self.method, self.model, dataset, self.preprocessing, len(self.names), device=device, progress=progress
+        )
+        if len(found.errors) == len(dataset):
+            raise DataError(f"none of the {len(dataset)} images can be decoded ({dataset.ids[0]}: {found.errors[0]})")
+        rows: list[dict[str, Any]] = []
+        for row, name in enumerate(dataset.ids):
+            if row in found.errors:
+                rows.append({"image": name, "points": [], "error": found.errors[row]})
+                continue
+            width, height = (int(length) for length in found.sizes[row])
+            points = [
+                {"name": point, "x": round(float(x), 2), "y": round(float(y), 2), "score": round(float(sure), 4)}
+                for point, (x, y), sure in zip(self.names, found.xy[row], found.sure[row], strict=True)
+            ]
+            rows.append({"image": name, "width": width, "height": height, "points": points})
+        return rows
+
+    def say(self, rows: list[dict[str, Any]]) -> str:
+        """Rows of `predict`, a line per image for people."""
+        return "\n".join(
+            f"{row['image']}  cannot be read: {row['error']}"
+            if "error" in row
+            else f"{row['image']}  "
+            + "  ".join(
+                f"{each['name']} {each['x']:.1f},{each['y']:.1f} ({each['score']:.2f})" for each in row["points"]
+            )
+            for row in rows
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"bundle": str(self.path), "metrics": self.metrics, "cost": self.cost}
+
+    def to_text(self) -> str:
+        found = self.metrics
+        said = ", ".join(
+            f"{name} {found[key]['value']:.3f} [{found[key]['low']:.3f}, {found[key]['high']:.3f}]"
+            for key, name in (("nme", "NME"), ("pck_05", "PCK at 5%"), ("pck_10", "PCK at 10%"), ("pixels", "pixels"))
+        )
+        guess = found["references"]["mean place"]["nme"]["value"]
+        return (
+            f"{self.manifest['method']['name']} on {self.manifest['backbone']['name']}: {len(self.names)} points\n"
+            f"{found['split']}, {found['n']} images: {said} (mean place: NME {guess:.3f})\n{self.path}/report.html"
+        )
