@@ -1,0 +1,105 @@
+"""A classifier made of words: labels in, answers for images out, without a training image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from foveal.backbones.adapter import DEFAULT, Backbone, load_backbone
+from foveal.backbones.class_rows import rows_for
+from foveal.core.errors import DataError, UsageError
+from foveal.core.method import Classifier
+from foveal.data.open import open_images
+from foveal.features.extract import extract
+from foveal.ship.answer import answer, unreadable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+NAME = "zero-shot"
+Progressed = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """An image network and one row of weights for each label. `predict` answers for images.
+
+    Attributes:
+        classifier: normalised images [B, 3, H, W] -> logits [B, C]; its backbone's features are cached.
+        labels: in words, in the order of the logits.
+    """
+
+    classifier: Classifier
+    labels: tuple[str, ...]
+
+    def predict(
+        self,
+        images: str | Path | Image.Image | np.ndarray | Iterable[str | Path | Image.Image | np.ndarray],
+        *,
+        device: str = "auto",
+        progress: Progressed | None = None,
+    ) -> list[dict[str, Any]]:
+        """Answer for images: files, folders, PIL images or uint8 arrays [H, W, 3].
+
+        Returns:
+            One row per image: image, label, probability (among these labels, not calibrated), unknown (None: without
+            training images nobody can say what is strange), top (up to five [label, probability]). An image that
+            cannot be decoded has label None and says why under `error`.
+
+        Raises:
+            DataError: no image, or none that can be decoded.
+        """
+        single = isinstance(images, str | Path) or hasattr(images, "getbands") or hasattr(images, "dtype")
+        dataset = open_images([images] if single else list(images))  # type: ignore[list-item]
+        found = extract(dataset, cast(Backbone, self.classifier.backbone), device=device, progress=progress)
+        if len(found.errors) == len(dataset):
+            raise DataError(f"none of the {len(dataset)} images can be decoded ({dataset.ids[0]}: {found.errors[0]})")
+        with torch.inference_mode():
+            probabilities = self.classifier.head(torch.from_numpy(found.X[:])).softmax(1).numpy()
+        return [
+            unreadable(dataset.ids[row], found.errors[row])
+            if row in found.errors
+            else {
+                **answer(
+                    dataset.ids[row], probabilities[row], 0.0, classes=self.labels, task="single-label", threshold=0.0
+                ),
+                "unknown": None,
+            }
+            for row in range(len(dataset))
+        ]
+
+
+def parse_labels(labels: str | Sequence[str]) -> tuple[str, ...]:
+    """Labels from 'a cat,a dog', or as they are.
+
+    Raises:
+        UsageError: fewer than two, an empty one, or one twice.
+    """
+    found = tuple(label.strip() for label in (labels.split(",") if isinstance(labels, str) else labels))
+    twice = next((label for label in found if found.count(label) > 1), None)
+    if "" in found or twice is not None or len(found) < 2:
+        wrong = "one is empty" if "" in found else f"'{twice}' comes twice" if twice else f"there is only '{found[0]}'"
+        raise UsageError(f"labels: {wrong}: expected two or more different ones, such as 'a cat,a dog'")
+    return found
+
+
+def zero_shot(
+    labels: str | Sequence[str], *, backbone: str = DEFAULT, offline: bool = True, progress: Progressed | None = None
+) -> ZeroShot:
+    """An ImageNet network whose classifier rows are what the labels' words make them; see `backbones.class_rows`.
+
+    Raises:
+        UsageError: see `parse_labels`.
+        MissingExtra: the sentence encoder is not installed.
+    """
+    names = parse_labels(labels)
+    rows = rows_for(names, backbone=backbone, offline=offline, progress=progress)
+    head = nn.Linear(rows.shape[1], len(names), bias=False).requires_grad_(False)
+    head.weight.copy_(rows)
+    return ZeroShot(Classifier(load_backbone(backbone, offline=offline), head).eval(), names)
