@@ -7,7 +7,6 @@ that of the plain double loop, whatever distance and however it is searched.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -17,25 +16,15 @@ CELLS = 1 << 22
 """Distances held at once."""
 
 
-class Distance(Protocol):
-    """Distances between items by number."""
+class Distance:
+    """Distances between items by number. Subclasses say them, and search faster where they can."""
 
     def __call__(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Numbers [a] and [b] -> distances [a, b], at least 0."""
-        ...
-
-    def first_within(self, centres: np.ndarray, rows: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
-        """For each row [b], the position of the first centre [a] within the radius (-1: none), and its distance."""
-        ...
-
-
-class Plain:
-    """`first_within` of any distance, by all of them."""
-
-    def __call__(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
     def first_within(self, centres: np.ndarray, rows: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
+        """For each row [b], the position of the first centre [a] within the radius (-1: none), and its distance."""
         place, apart = np.full(len(rows), -1, np.int64), np.zeros(len(rows), np.float32)
         if not len(centres):
             return place, apart
@@ -51,7 +40,7 @@ class Plain:
 
 
 @dataclass(frozen=True)
-class Hamming(Plain):
+class Hamming(Distance):
     """Bits in which 64-bit codes differ."""
 
     codes: np.ndarray
@@ -101,7 +90,7 @@ def bands_of(count: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Cosine(Plain):
+class Cosine(Distance):
     """Hundredths of the cosine distance, 100 (1 - cos)."""
 
     features: np.ndarray
@@ -112,7 +101,7 @@ class Cosine(Plain):
 
 
 @dataclass(frozen=True)
-class Steps(Plain):
+class Steps(Distance):
     """How many places apart items are in their order."""
 
     place: np.ndarray
@@ -141,6 +130,7 @@ def greedy_cover(distance: Distance, items: np.ndarray, radius: float) -> tuple[
                 stay.append(int(block[first]))
                 go = near[first] & waiting
                 exemplar[block[go]], apart[block[go]] = items[block[first]], among[first, go]
+                apart[block[first]] = 0
                 waiting &= ~go
                 waiting[: first + 1] = False
         centres = items[stay]

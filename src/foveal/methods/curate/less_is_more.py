@@ -126,7 +126,10 @@ class LessIsMore(Curate):
             grey = to_grey(image, read_window(self.options.window))
             colour = np.zeros(3, np.uint8)
         else:
-            grey, colour = image.convert("L"), np.asarray(image.resize((1, 1), Image.Resampling.BOX))[0, 0]
+            grey, colour = (
+                image.convert("L"),
+                np.asarray(image.resize((1, 1), Image.Resampling.BOX).convert("RGB"))[0, 0],
+            )
         return np.concatenate([dhash(grey), colour])
 
     def select(self, seen: Num[np.ndarray, "n ..."], groups: Int64[np.ndarray, " n"], keep: float | None) -> Selection:
@@ -164,13 +167,12 @@ class LessIsMore(Curate):
             if each not in counts:
                 cover(each)
         stands_for = np.bincount(exemplar, minlength=n)[exemplar]
+        rows = zip((exemplar == np.arange(n)).tolist(), apart.tolist(), stands_for.tolist(), strict=True)
         return Selection(
             exemplar=exemplar,
             distance=apart,
             score=stands_for.astype(np.float32),
-            reasons=[
-                reason(*each, chosen.by) for each in zip(exemplar == np.arange(n), apart, stands_for, strict=True)
-            ],
+            reasons=[reason(*each, chosen.by) for each in rows],
             chosen={"radius": radius},
             curve=[{"radius": each, "kept": counts[each]} for each in sorted(counts)],
             audit=false_negatives(distance, exemplar, radius),
