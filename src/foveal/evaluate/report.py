@@ -102,6 +102,7 @@ def write_report(path: str | Path, context: ReportContext) -> None:
             for name, row in metrics.get("references", {}).items()
             if row.get("about")
         ],
+        "distilled": distilled(metrics.get("distilled")),
         "multi": multi,
         "per_class": per_class(metrics["per_class"]),
         "confusion": confusion(metrics, manifest["classes"]),
@@ -195,6 +196,36 @@ def race(rows: Sequence[Mapping[str, Any]] | None, why: str) -> dict[str, Any] |
             }
             for row in rows
         ],
+    }
+
+
+def distilled(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A student beside its teacher, on the same test images and in the same run."""
+    if not record:
+        return None
+    share, others = record["shares"], record["unlabelled"]
+    faster = "" if share["milliseconds"] < 1 else " It is not faster."
+    joined = f" {count(others)} images without labels joined training." if others else ""
+    rows = [
+        {
+            "name": row["name"],
+            "about": row["about"],
+            "cells": [
+                figure(row["balanced_accuracy"]) if "balanced_accuracy" in row else "other classes",
+                count(row.get("parameters")),
+                "–" if row.get("macs") is None else f"{row['macs'] / 1e6:,.1f}",
+                fixed(row.get("milliseconds"), 1),
+            ],
+        }
+        for row in record["rows"]
+    ]
+    return {
+        "about": f"The student has {percent(share['parameters'])} of the teacher's parameters, does "
+        f"{percent(share['macs'])} of its multiply-accumulates and takes {percent(share['milliseconds'])} of its time "
+        f"for one image, both timed in torch on {record['rows'][0]['threads']} threads in one run.{faster}{joined}",
+        "notes": [sentence(note) for note in record["notes"]],
+        "columns": ["balanced accuracy", "parameters", "million MACs", "ms an image"],
+        "rows": rows,
     }
 
 

@@ -78,12 +78,14 @@ def write_bundle(
     progress: Progress,
     lineage: Mapping[str, Any] | None = None,
     cost_too: Callable[[Path], Mapping[str, Any]] = lambda folder: {},
+    metrics_too: Mapping[str, Any] | None = None,
 ) -> None:
     """Measure on the test split, and write everything or nothing.
 
     Args:
         lineage: of a model made from another Bundle's: entries of bundle.json that take the place of a fit's.
         cost_too: what cost.json says besides; called with the folder once its weights are written.
+        metrics_too: what metrics.json says besides.
     """
     dataset, backbone = prepared.dataset, prepared.backbone
     model, calibration = trust(adapted, prepared, device)
@@ -103,6 +105,7 @@ def write_bundle(
     }
     metrics["race"] = contest
     metrics["history"] = adapted.history
+    metrics |= metrics_too or {}
     findings = find(prepared, unseen_probabilities(prepared, adapted))
     manifest = {
         "foveal": versions(),

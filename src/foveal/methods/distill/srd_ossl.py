@@ -12,8 +12,10 @@ the student; the student's own classifier learns from labels alone.
 
 Departures: phi = BN(conv 1x1) ends in a ReLU only when the teacher's features are never negative, for no ReLU can
 follow features that are. Maps are averaged over whatever grid they have, where the authors' code pools 8 x 8; of a
-ViT that reads its class token alone, that token is the map. The rate falls as a cosine rather than in three steps,
-and 30 epochs are the default, not 240. `beta=0,alpha=0.9` is plain distillation (Hinton et al. 2015).
+ViT that reads its class token alone, that token is the map. AdamW is the default: the logits of a head on frozen
+features can be large, and their squares sent SGD at the paper's rate to infinity (`optimizer=sgd,lr=0.05,
+weight_decay=5e-4` are its settings, with a cosine and 30 epochs here, three steps and 240 there).
+`beta=0,alpha=0.9` is plain distillation (Hinton et al. 2015).
 
 When not to use it: without a teacher that is clearly better than the student would be alone (a student with good
 pretrained weights often is as good: compare with `foveal fit --method full`); when latency is measured and the
@@ -82,10 +84,10 @@ class Options:
     alpha: float = option(0.0, "weight of plain distillation of the student's own logits", ge=0, le=1000)
     temperature: float = option(4.0, "T of plain distillation", gt=0, le=100)
     epochs: int = option(30, "passes over the labelled images", ge=1, le=10_000)
-    lr: float = option(0.05, "learning rate", gt=0, le=10)
+    lr: float = option(1e-3, "learning rate", gt=0, le=10)
     batch_size: int = option(64, "labelled images per step; as many unlabelled ones join", ge=2, le=65536)
-    weight_decay: float = option(5e-4, "pull of matrices and filters towards zero", ge=0, le=10)
-    optimizer: Literal["sgd", "adamw"] = option("sgd", "SGD with momentum 0.9, or AdamW")
+    weight_decay: float = option(0.01, "pull of matrices and filters towards zero", ge=0, le=10)
+    optimizer: Literal["adamw", "sgd"] = option("adamw", "AdamW, or SGD with momentum 0.9")
     augment: Literal["none", "light", "strong"] = option("light", "random crops and mirror images")
 
 
