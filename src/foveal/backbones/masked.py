@@ -111,7 +111,7 @@ class Masking:
         self.active = active
         self.thread = threading.get_ident()
         self.asleep = False
-        self.masks: dict[tuple[int, int], Tensor] = {}
+        self.masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self.places: dict[tuple[int, int], Tensor] = {}
         self.shapes: list[torch.Size] = []
         cells = active[0].numel()
@@ -120,19 +120,21 @@ class Masking:
     def awake(self) -> bool:
         return not self.asleep and threading.get_ident() == self.thread
 
-    def mask(self, height: int, width: int) -> Bool[Tensor, "B 1 h w"]:
-        if (height, width) not in self.masks:
-            self.masks[height, width] = repeated(self.active, height, width)
-        return self.masks[height, width]
+    def mask(self, height: int, width: int, dtype: torch.dtype = torch.bool) -> Tensor:
+        """[B, 1, h, w], of ones and zeros: a product with booleans would convert them again every time."""
+        key = height, width, dtype
+        if key not in self.masks:
+            self.masks[key] = repeated(self.active, height, width).to(dtype)
+        return self.masks[key]
 
     def zeroed_maps(self, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
         if self.awake():
-            return output * self.mask(*output.shape[2:])
+            return output * self.mask(output.shape[2], output.shape[3], output.dtype)
         return None
 
     def zeroed_rows(self, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
         if self.awake() and output.ndim == 4:
-            return output * self.mask(*output.shape[1:3])[:, 0, :, :, None]
+            return output * self.mask(output.shape[1], output.shape[2], output.dtype)[:, 0, :, :, None]
         return None
 
     def gathered(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
