@@ -140,7 +140,8 @@ def verbs_page() -> str:
             help_text = get_args(types[key])[1] if get_origin(types[key]) is not None else ""
             option = parameter.kind is parameter.KEYWORD_ONLY
             default = "" if parameter.default in (parameter.empty, None) else parameter.default
-            shown = f"`--{key.replace('_', '-')}`" if option else f"`{key.upper()}`"
+            dashes = "-" if len(key) == 1 else "--"
+            shown = f"`{dashes}{key.replace('_', '-')}`" if option else f"`{key.upper()}`"
             rows.append({"argument": shown, "default": default, "meaning": help_text})
         parts += [f"## {name}", inspect.getdoc(verb) or ""]
         parts += [table(rows, ["argument", "default", "meaning"])] if rows else []

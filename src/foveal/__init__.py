@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from foveal.verbs.explain import explain
     from foveal.verbs.export import export
     from foveal.verbs.fit import fit
+    from foveal.verbs.index import index
     from foveal.verbs.methods import methods
     from foveal.verbs.predict import predict
     from foveal.verbs.pretrain import pretrain
     from foveal.verbs.push import push
     from foveal.verbs.reproduce import reproduce
     from foveal.verbs.samples import samples
+    from foveal.verbs.search import search
     from foveal.verbs.serve import serve
     from foveal.verbs.shrink import shrink
 
@@ -43,6 +45,8 @@ VERBS = (
     "audit",
     "check",
     "curate",
+    "index",
+    "search",
     "export",
     "shrink",
     "distill",
@@ -66,6 +70,7 @@ __all__ = [
     "explain",
     "export",
     "fit",
+    "index",
     "load",
     "methods",
     "predict",
@@ -73,6 +78,7 @@ __all__ = [
     "push",
     "reproduce",
     "samples",
+    "search",
     "serve",
     "shrink",
 ]

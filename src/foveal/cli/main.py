@@ -56,7 +56,7 @@ def command(verb: Callable[..., Any]) -> Callable[..., None]:
         kind, text = get_args(hints[name])[:2] if get_origin(hints[name]) is Annotated else (hints[name], "")
         given: dict[str, Any] = {"help": text}
         info = (
-            typer.Option(**given, show_default=parameter.default is not None)
+            typer.Option(*short(name), **given, show_default=parameter.default is not None)
             if parameter.kind is parameter.KEYWORD_ONLY
             else typer.Argument(**given, metavar=name.upper())
         )
@@ -81,6 +81,11 @@ def command(verb: Callable[..., Any]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def short(name: str) -> tuple[str, ...]:
+    """A name of one letter is an option of one dash: `-k`."""
+    return (f"-{name}",) if len(name) == 1 else ()
 
 
 def parameter_types(verb: Callable[..., Any]) -> dict[str, Any]:

@@ -1,0 +1,297 @@
+"""Images -> vectors -> a library: the embedding behind it, and the rows that DATA add to it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from foveal.backbones.adapter import Backbone, build, load_backbone, rebuild_backbone
+from foveal.backbones.weights import read_tensors
+from foveal.core import catalogue
+from foveal.core.bundle import read_json, sha256
+from foveal.core.errors import BackboneError, BundleError, DataError, UsageError
+from foveal.core.families.retrieve import Embedding, Retrieve
+from foveal.core.folders import atomic_file, cache_root
+from foveal.core.options import options_to_dict
+from foveal.core.progress import Progress
+from foveal.core.seeds import derive, seed_everything
+from foveal.core.threads import cpu_threads
+from foveal.data.dataset import Dataset
+from foveal.data.images import to_pixels
+from foveal.data.open import open_pool
+from foveal.data.pieces import Images, in_pieces
+from foveal.evaluate.embedding import unit
+from foveal.features.cache import RowStore
+from foveal.features.extract import chunks, run_ahead
+from foveal.features.session import feature_session
+from foveal.features.table import reader
+from foveal.ship.library import WEIGHTS, Library, Rows
+from foveal.train.loop import train
+from foveal.train.pool import PoolImages
+from foveal.verbs._adapt import report_event
+
+PIECE = 2048
+"""Images added to a library at once: what a kill loses at most."""
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """Features of a backbone -> unit vectors: as they are, or through a learnt head."""
+
+    backbone: Backbone
+    head: nn.Linear | None = None
+
+    @property
+    def width(self) -> int:
+        return self.backbone.width if self.head is None else self.head.out_features
+
+    def vectors(self, features: np.ndarray) -> np.ndarray:
+        """Features [n, backbone width] -> unit vectors [n, width]."""
+        if self.head is not None:
+            with torch.inference_mode():
+                features = self.head(torch.from_numpy(np.array(features, np.float32))).numpy()
+        return unit(features)
+
+    def describe(self) -> dict[str, Any]:
+        """What a library remembers of it."""
+        return {"backbone": self.backbone.describe(), "fingerprint": self.backbone.fingerprint(), "width": self.width}
+
+    def travels(self) -> bool:
+        """Whether its weights cannot be had by name, and so must lie in the library."""
+        return self.head is not None or not self.backbone.origin.startswith(("package ", "hub:"))
+
+    def save(self, path: Path) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {f"backbone.{name}": tensor.contiguous() for name, tensor in self.backbone.model.state_dict().items()}
+        if self.head is not None:
+            tensors |= {f"head.{name}": tensor.contiguous() for name, tensor in self.head.state_dict().items()}
+        with atomic_file(path) as staging:
+            save_file(tensors, staging)
+
+
+def embedder_of(library: Library, *, offline: bool) -> Embedder:
+    """The embedding that a library was made by.
+
+    Raises:
+        BundleError: its weights are damaged, or the backbone of that name has other ones now.
+    """
+    about = library.about
+    again = "restore the library or index again"
+    if about.get("weights"):
+        file = library.path / WEIGHTS
+        if not file.is_file() or sha256(file) != about["weights"]:
+            raise BundleError(f"{file} is missing, was edited or is damaged: {again}")
+        tensors = read_tensors(file)
+        own = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+        backbone = rebuild_backbone(about["backbone"], own)
+        head = None
+        if "head.weight" in tensors:
+            width, wide = tensors["head.weight"].shape
+            head = nn.Linear(wide, width).requires_grad_(False)
+            head.load_state_dict({"weight": tensors["head.weight"], "bias": tensors["head.bias"]})
+        return Embedder(backbone, head)
+    backbone = load_backbone(about["backbone"]["name"], offline=offline)
+    if backbone.fingerprint() != about["fingerprint"]:
+        raise BundleError(f"{backbone.name} has other weights than those {library.path} was made with: index again")
+    return Embedder(backbone)
+
+
+def learnt(
+    method: Retrieve,
+    data: str | Path | Dataset,
+    backbone: Backbone,
+    *,
+    seed: int,
+    work: Path,
+    budget: float | None,
+    offline: bool,
+    device: str,
+    progress: Progress,
+) -> tuple[Embedder, list[dict[str, Any]]]:
+    """A method's embedding of DATA, learnt without their labels, and the history of its training.
+
+    Images of the split 'test' are left out. The backbone is copied, not changed.
+    """
+    dataset = open_pool(data, offline=offline)
+    if dataset.splits is not None:
+        dataset = dataset.subset(dataset.splits != "test")
+    dataset = readable(dataset, backbone, progress)
+    seed_everything(derive(seed, "init"))
+    own = Backbone(backbone.plan, build(backbone.plan))
+    own.load_state_dict(backbone.state_dict())
+    model, recipe = method.attach(own, len(dataset)), method.recipe()
+    feed = PoolImages(dataset, model, method, backbone.preprocessing, recipe)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        result = train(
+            method, model, feed, seed, recipe=recipe, device=device, work=work, budget_s=budget,
+            on_event=lambda event: report_event(event, method.name, progress),
+        )  # fmt: skip
+    for each in said:
+        if issubclass(each.category, UserWarning):
+            progress.say(str(each.message))
+    embedding = result.model
+    if not isinstance(embedding, Embedding) or not isinstance(embedding.backbone, Backbone):
+        raise BackboneError(f"{method.name} left no backbone and head behind")
+    embedding.backbone.plan = replace(own.plan, origin=f"{method.name} from {backbone.origin}")
+    return Embedder(embedding.backbone, embedding.head.requires_grad_(False)), result.history
+
+
+def readable(dataset: Dataset, backbone: Backbone, progress: Progress) -> Dataset:
+    """The images that can be decoded."""
+
+    def fails(rows: list[int]) -> dict[int, str]:
+        found: dict[int, str] = {}
+        for row in rows:
+            try:
+                to_pixels(dataset.image(row), backbone.preprocessing)
+            except DataError as error:
+                found[row] = str(error)
+        return found
+
+    errors: dict[int, str] = {}
+    with closing(run_ahead(fails, chunks(len(dataset)), cpu_threads())) as parts:
+        for done, found in enumerate(parts, 1):
+            errors |= found
+            progress.update("reading images", min(done * 16, len(dataset)), len(dataset))
+    if len(errors) == len(dataset):
+        raise DataError(f"none of the {len(dataset)} images of {dataset.name} can be read")
+    return dataset.drop(errors) if errors else dataset
+
+
+def fill(
+    library: Library,
+    data: str | Path | Dataset,
+    source: str,
+    embedder: Embedder,
+    *,
+    offline: bool,
+    device: str,
+    progress: Progress,
+) -> tuple[int, list[list[str]]]:
+    """Add the images of DATA that are not in the library yet. Returns how many, and those set aside."""
+    known = library.names(source)
+    pieces = of_table(data, embedder) if is_table(data) else None
+    added, aside = 0, []
+    if pieces is not None:
+        for rows in pieces:
+            fresh = [row for row, name in enumerate(rows.ids) if name not in known]
+            library.add(source, taken(rows, fresh))
+            added += len(fresh)
+        return added, []
+    session: Any = None
+    cache: RowStore | None = None
+    cut = in_pieces(data, PIECE, offline=offline)
+    aside += [list(item) for item in cut.set_aside]
+    seen = 0
+    for piece in cut.cut:
+        images = piece.open()
+        aside += [list(item) for item in images.set_aside]
+        fresh = [row for row in range(len(images)) if images.ids[row] not in known]
+        seen += len(images) - len(fresh)
+        if not fresh:
+            continue
+        if session is None:
+            session = feature_session(embedder.backbone, device=device)
+            folder = cache_root() / "features" / embedder.backbone.fingerprint()
+            cache = RowStore(folder, np.float32, (embedder.backbone.width,))
+        rows, failed = embedded(images, fresh, embedder, session, cache, progress, seen, cut.images)
+        library.add(source, rows)
+        aside += failed
+        seen += len(fresh)
+        added += len(rows.ids)
+    return added, aside
+
+
+def embedded(
+    images: Images,
+    fresh: list[int],
+    embedder: Embedder,
+    session: Any,
+    cache: RowStore | None,
+    progress: Progress,
+    before: int,
+    total: int | None,
+) -> tuple[Rows, list[list[str]]]:
+    """Rows of some of a piece's images, and (id, reason) of those that cannot be read."""
+    read = reader(images, embedder.backbone.preprocessing, session, embedder.backbone.width, cache)
+    rows: list[int] = []
+    hashes: list[bytes] = []
+    vectors: list[np.ndarray] = []
+    aside: list[list[str]] = []
+    part_of = ([fresh[at] for at in chunk] for chunk in chunks(len(fresh)))
+    with closing(run_ahead(read, part_of, cpu_threads())) as parts:
+        for part in parts:
+            rows += part.rows
+            hashes += part.sha256
+            vectors.append(embedder.vectors(part.features))
+            aside += [[images.ids[row], reason] for row, reason in part.failed.items()]
+            done = before + len(rows) + len(aside)
+            progress.update("embedding", done, total or done)
+    found = np.concatenate(vectors) if vectors else np.zeros((0, embedder.width), np.float32)
+    return Rows(
+        *([column[row] for row in rows] for column in (images.ids, images.labels, images.splits)), hashes, found
+    ), aside
+
+
+def taken(rows: Rows, some: list[int]) -> Rows:
+    columns = (rows.ids, rows.labels, rows.splits, rows.sha256)
+    return Rows(*([column[row] for row in some] for column in columns), rows.vectors[some])
+
+
+def is_table(data: str | Path | Dataset) -> bool:
+    """Whether DATA is a feature table that `foveal embed` made."""
+    return not isinstance(data, Dataset) and (Path(data) / "table.json").is_file()
+
+
+def of_table(data: str | Path | Dataset, embedder: Embedder) -> Iterator[Rows]:
+    """The rows of a feature table, a shard's row group at a time.
+
+    Raises:
+        UsageError: the table was made by another backbone.
+        DataError: it cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = Path(str(data))
+    try:
+        about = read_json(folder / "table.json")
+        if about["fingerprint"] != embedder.backbone.fingerprint():
+            raise UsageError(
+                f"{folder} holds features of {about['backbone']['name']} with other weights than the library's: "
+                "give the same --backbone"
+            )
+        for shard in sorted(folder.glob("part-*.parquet")):
+            for batch in pq.ParquetFile(shard).iter_batches(PIECE):
+                table = pa.Table.from_batches([batch])
+                features = np.asarray(batch.column("features").flatten(), np.float32).reshape(len(batch), -1)
+                columns = (table[name].to_pylist() for name in ("id", "label", "split", "sha256"))
+                yield Rows(*columns, embedder.vectors(features))
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder} cannot be read as a feature table ({error}): make it again") from None
+
+
+def method_of(choice: str) -> Retrieve:
+    """
+    Raises:
+        UsageError: a method of another family.
+    """
+    chosen = catalogue.create(choice)
+    if not isinstance(chosen, Retrieve):
+        able = ", ".join(catalogue.names("retrieve"))
+        raise UsageError(f"{chosen.name} is a method to {chosen.spec.family}, not to retrieve: expected one of {able}")
+    return chosen
+
+
+def recorded(method: Retrieve | None) -> dict[str, Any] | None:
+    return None if method is None else {"name": method.name, "options": options_to_dict(method.options)}
