@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/foveal compare sample:textile --methods linear,nn-revisit,gda-clip,naive-bayes-probe --seeds 3 --offline --out runs/demo
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: setup
 	$(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_code_block_runs(page: Path, tmp_path: Path):
+def test_every_code_block_runs(page: Path, cache: Path, tmp_path: Path):
     (tmp_path / "digit.png").write_bytes(open_dataset("sample:digits").read(0))
     here = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for language, code in BLOCK.findall(page.read_text(encoding="utf-8")):

@@ -18,7 +18,7 @@ FILE = re.compile(r'^```\w+ title="([^"]+)"\n(.*?)^```', re.MULTILINE | re.DOTAL
 COMMANDS = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def test_the_walk_through(tmp_path: Path):
+def test_the_walk_through(cache: Path, tmp_path: Path):
     package, site = tmp_path / "package", tmp_path / "site"
     package.mkdir()
     for name, content in FILE.findall(PAGE):

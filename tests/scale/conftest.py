@@ -6,18 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import timm
-import torch
-from safetensors.torch import save_file
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(timm.create_model("test_efficientnet", pretrained=False).state_dict(), path)
-    return f"test_efficientnet@{path}"
-
 
 Start = Callable[..., subprocess.Popen[str]]
 

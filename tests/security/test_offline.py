@@ -47,26 +47,16 @@ print(json.dumps(seen))
 """
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    import timm
-    from safetensors.torch import save_file
-
-    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
-    save_file(timm.create_model("test_efficientnet", pretrained=False).state_dict(), path)
-    return f"test_efficientnet@{path}"
-
-
 def test_the_watch_sees_connections():
     ask = "import urllib.request as u\ntry: u.urlopen('http://127.0.0.1:9')\nexcept OSError: print(json.dumps(seen))"
     done = subprocess.run([sys.executable, "-c", WATCH + ask], capture_output=True, text=True, check=True)
     assert {"urllib.Request", "socket.getaddrinfo", "socket.connect"} <= {event for event, _ in json.loads(done.stdout)}
 
 
-def test_offline_opens_no_connection(photos: Path, cache: Path, weights: str, tmp_path: Path):
+def test_offline_opens_no_connection(photos: Path, cache: Path, tiny: str, tmp_path: Path):
     here = {key: value for key, value in os.environ.items() if not re.search("TELEMETRY|ANALYTICS|OFFLINE", key)}
     done = subprocess.run(
-        [sys.executable, "-c", WATCH + VERBS, str(photos), str(tmp_path), weights],
+        [sys.executable, "-c", WATCH + VERBS, str(photos), str(tmp_path), tiny],
         capture_output=True, text=True, check=False, env={**here, "HF_HOME": str(tmp_path / "hf")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -27,9 +27,9 @@ LIGHT = "sobol-attribution:grid=3,points=4"
 SQUARE = Preprocessing(64, (0.5,) * 3, (0.5,) * 3)
 
 
-@pytest.fixture(scope="module")
-def bundle(photos: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> foveal.Bundle:
-    return foveal.fit(photos, method="linear", out=tmp_path_factory.mktemp("runs") / "photos", offline=True)
+@pytest.fixture
+def bundle(colours: foveal.Bundle) -> foveal.Bundle:
+    return colours
 
 
 @pytest.mark.parametrize("size", [(90, 70), (70, 90), (500, 333), (64, 64), (30, 1000)])
@@ -113,7 +113,8 @@ def test_another_class_has_another_map(bundle: foveal.Bundle, photos: Path):
 def test_gradients_can_flow_after_predict_looked_first(bundle: foveal.Bundle, photos: Path):
     opened = foveal.load(bundle.path)
     opened.predict(photos / "red" / "00.jpg")
-    x = torch.rand(1, 3, 224, 224, requires_grad=True)
+    size = opened.preprocessing.size
+    x = torch.rand(1, 3, size, size, requires_grad=True)
     open_model_of(opened, "cpu")(x).sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0

@@ -26,9 +26,9 @@ from foveal.data.images import decode, to_pixels
 from foveal.ship.hub import OWN, split_name, with_licence
 
 
-@pytest.fixture(scope="module")
-def bundle(photos: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> foveal.Bundle:
-    return foveal.fit(str(photos), method="linear", out=tmp_path_factory.mktemp("runs") / "photos", offline=True)
+@pytest.fixture
+def bundle(colours: foveal.Bundle) -> foveal.Bundle:
+    return colours
 
 
 @pytest.fixture
@@ -365,11 +365,9 @@ def small_weights(name: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("method", ["linear", "lora:epochs=1,rank=2", "full:epochs=1"])
 def test_the_cards_lines_load_it_in_plain_timm(method, photos, cache, tmp_path):
-    if method == "linear":
-        made = foveal.fit(str(photos), method=method, out=tmp_path / "runs", offline=True)
-    else:
-        backbone = small_weights("test_vit", tmp_path)
-        made = foveal.fit(str(photos), method=method, backbone=backbone, out=tmp_path / "runs", offline=True)
+    """For `linear` on the default backbone, whose weights come from a package."""
+    chosen = {} if method == "linear" else {"backbone": small_weights("test_vit", tmp_path)}
+    made = foveal.fit(str(photos), method=method, out=tmp_path / "runs", offline=True, **chosen)
     assert len([line for line in lines_of(made).splitlines() if line and "import" not in line]) <= 10
     image = photos / "green" / "03.jpg"
     got, expected = answers_of_the_card(made, image, tmp_path / "alone"), answers_of_foveal(made, image)
@@ -377,22 +375,24 @@ def test_the_cards_lines_load_it_in_plain_timm(method, photos, cache, tmp_path):
         assert np.abs(got[name] - value).max() < 1e-4, name
 
 
-def test_a_multi_label_card_uses_sigmoids(photos, cache, tmp_path):
+def test_a_multi_label_card_uses_sigmoids(photos, cache, tiny, tmp_path):
     rows = [f"{path},{path.parent.name}|{'odd' if int(path.stem) % 2 else 'even'}" for path in photos.glob("*/*.jpg")]
     (tmp_path / "table.csv").write_text("image,label\n" + "\n".join(rows) + "\n")
-    made = foveal.fit(str(tmp_path / "table.csv"), method="linear", out=tmp_path / "runs", offline=True)
+    table, out = str(tmp_path / "table.csv"), tmp_path / "runs"
+    made = foveal.fit(table, method="linear", backbone=tiny, out=out, offline=True)
     image = photos / "green" / "03.jpg"
     got, expected = answers_of_the_card(made, image, tmp_path / "alone"), answers_of_foveal(made, image)
     assert np.abs(got["probabilities"] - expected["probabilities"]).max() < 1e-4
 
 
-def test_a_card_says_when_plain_timm_cannot_load_it(photos, cache, tmp_path):
+def test_a_card_says_when_plain_timm_cannot_load_it(photos, cache, tiny, tmp_path):
     made = foveal.fit(
         str(photos), method="vpt:epochs=1", backbone=small_weights("test_vit", tmp_path), out=tmp_path / "runs",
         offline=True,
     )  # fmt: skip
     assert "timm alone cannot load this model: its features are computed in another way" in lines_of(made)
-    made = foveal.fit(str(photos), method="nn-revisit:mix=0.5,k=3", out=tmp_path / "mixed", offline=True)
+    mixed, out = "nn-revisit:mix=0.5,k=3", tmp_path / "mixed"
+    made = foveal.fit(str(photos), method=mixed, backbone=tiny, out=out, offline=True)
     assert "timm alone cannot load this model: its head is more than a linear layer (NeighbourMix)" in lines_of(made)
 
 

@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tests.train.fellow import RECIPE, recorded
 from torch import Tensor
 
@@ -76,14 +75,6 @@ def test_one_of_two_dies_and_one_alone_goes_on(tmp_path: Path) -> None:
     assert len(rest["losses"]) == STEPS - 6  # two epochs were kept
     torch.testing.assert_close(rest["losses"], whole["losses"][6:], rtol=1e-4, atol=1e-5)
     assert_alike(*({k: v for k, v in run.items() if k.startswith("weight")} for run in (whole, rest)))
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
-    save_file(timm.create_model("test_efficientnet", pretrained=False).state_dict(), path)
-    return f"test_efficientnet@{path}"
 
 
 def test_accelerate_launch_fits_with_two(photos: Path, cache: Path, tiny: str, tmp_path: Path) -> None:

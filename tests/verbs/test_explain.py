@@ -15,9 +15,9 @@ from foveal.core.errors import DataError, UsageError
 LIGHT = "sobol-attribution:grid=3,points=4"
 
 
-@pytest.fixture(scope="module")
-def bundle(photos: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return foveal.fit(photos, method="linear", out=tmp_path_factory.mktemp("runs") / "photos", offline=True).path
+@pytest.fixture
+def bundle(colours: foveal.Bundle) -> Path:
+    return colours.path
 
 
 def test_every_image_gets_a_picture_an_array_and_a_row(bundle: Path, photos: Path, tmp_path: Path):

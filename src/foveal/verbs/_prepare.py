@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class Prepared:
     groups: np.ndarray
     source: str
     """What the user called the data; a path is made absolute."""
+    timed: dict[str, float] = field(default_factory=dict)
+    """Seconds that the backbone's session took for a batch, once measured, by device."""
 
     @cached_property
     def has_test(self) -> bool:

@@ -270,6 +270,9 @@ def test_a_client_that_hangs_up_half_way(server: Server, expected: list[dict], g
         with socket.create_connection(("127.0.0.1", server.port)) as line:
             line.sendall(POST + b"content-length: 1000\r\n\r\n{")
     assert ask(server, good) == expected
+    until = time.monotonic() + 30
+    while server.metric("foveal_requests_in_progress") and time.monotonic() < until:
+        time.sleep(0.05)
     assert server.metric("foveal_requests_in_progress") == 0
 
 
