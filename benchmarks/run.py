@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from library import libraries
 from serve import served
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,6 +233,7 @@ PARTS: dict[str, Callable[[Path], list[str]]] = {
     "memory": memory,
     "help": help_time,
     "serve": served,
+    "library": libraries,
 }
 
 

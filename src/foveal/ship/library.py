@@ -83,11 +83,13 @@ class Library:
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path, self.about = path, about
         self._table = lancedb().connect(str(path)).open_table(TABLE)
+        self._count = int(self._table.count_rows())
         self._index: Any = None
         self._flat: tuple[int, Any] | None = None
 
     def __len__(self) -> int:
-        return int(self._table.count_rows())
+        """Rows when it was opened, and those added since through this object."""
+        return self._count
 
     @property
     def width(self) -> int:
@@ -124,6 +126,7 @@ class Library:
             self._table.add(pa.table(columns, schema=schema_of(self.width)))
         except OSError as error:
             raise unwritable(self.path, error) from error
+        self._count += len(rows.ids)
 
     def vectors(self, first: int = 0) -> Iterator[np.ndarray]:
         """Vectors from a row on, float32 [m, D] at a time, in the order of their rows."""

@@ -25,8 +25,8 @@ def search(
 
     Example: foveal search library --image photo.png -k 5
     """
-    from foveal.core.errors import UsageError
-    from foveal.data.dataset import read_file
+    from foveal.core.errors import DataError, UsageError
+    from foveal.data.dataset import printable, read_file
     from foveal.data.images import decode, to_pixels
     from foveal.features.session import feature_session
     from foveal.ship.library import open_library
@@ -45,7 +45,10 @@ def search(
     if image is None:
         raise UsageError("nothing to search for: give --image FILE")
     embedder = embedder_of(opened, offline=offline)
-    pixels = to_pixels(decode(read_file(str(image))), embedder.backbone.preprocessing)
+    try:
+        pixels = to_pixels(decode(read_file(str(image))), embedder.backbone.preprocessing)
+    except DataError as error:
+        raise DataError(f"{printable(str(image))}: {error}") from None
     features = feature_session(embedder.backbone, device=device)(pixels[None])
     numbers, similar = opened.search(embedder.vectors(features), k, exact=exact)
     hits = [
