@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from foveal.backbones import weights
-from foveal.backbones.quirks import Family, Quirk, is_self_attention, quirk_of
+from foveal.backbones.quirks import BLOCK_ENDS, Family, Quirk, is_self_attention, quirk_of
 from foveal.backbones.recorder import recording
+from foveal.backbones.tokens import TokenHook, attention_mask
 from foveal.core.errors import BackboneError, FovealError
 from foveal.core.folders import atomic_file, cache_root
 from foveal.core.method import Classifier
@@ -65,12 +66,14 @@ class Backbone(nn.Module):
         width: D, the length of a feature vector.
         origin: where the weights came from.
         changes: what was done to its structure since, in words that tell one change from another.
+        token_hook: what happens to the tokens between blocks; None, or on a backbone that `has_tokens`.
     """
 
     def __init__(self, plan: Plan, model: nn.Module | None = None, tensors: dict[str, Tensor] | None = None) -> None:
         super().__init__()
         self.plan = plan
         self.changes = ""
+        self.token_hook: TokenHook | None = None
         self._tensors = tensors
         if model is not None:
             self.__dict__["_modules"]["model"] = model
@@ -117,7 +120,7 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W], normalised -> pooled features [B, D], what a classifier reads."""
-        return self.model(images)
+        return self.model(images) if self.token_hook is None else self.finish_tokens(self.tokens(images))
 
     name = property(lambda self: self.plan.name)
     arch = property(lambda self: self.plan.arch)
@@ -162,6 +165,15 @@ class Backbone(nn.Module):
         self._tokens()
         return nn.ModuleList(self.model.blocks)
 
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] -> tokens [B, N, d] after the last block, with what the token hook does on the way."""
+        tokens, hook, state = self.embed(images), self.token_hook, dict[str, Any]()
+        for done, block in enumerate(self.model.blocks):
+            tokens = hook(done, tokens, state) if hook else tokens
+            seen = state.get("seen")
+            tokens = block(tokens) if seen is None else block(tokens, attn_mask=attention_mask(seen, tokens))
+        return hook(len(self.model.blocks), tokens, state) if hook else tokens
+
     def finish_tokens(self, tokens: Tensor) -> Tensor:
         """Tokens [B, N, d] after the last block -> features [B, D]: final norm, pooling, head norm."""
         return cast(Any, self._tokens().finish)(self.model, tokens)
@@ -173,6 +185,11 @@ class Backbone(nn.Module):
         return int(self.model.num_prefix_tokens)
 
     @property
+    def reads_class_token(self) -> bool:
+        """Whether the features are made of the class token alone."""
+        return getattr(self.model, "global_pool", "") == "token"
+
+    @property
     def token_width(self) -> int:
         self._tokens()
         return int(self.model.embed_dim)
@@ -180,6 +197,27 @@ class Backbone(nn.Module):
     def attention_modules(self) -> list[tuple[str, nn.Module]]:
         """Self-attention modules and their names within this module; empty on networks without attention."""
         return [(name, module) for name, module in self.named_modules() if is_self_attention(module)]
+
+    def block_ends(self) -> list[tuple[str, nn.Conv2d]]:
+        """The last convolution of every residual block and its name within this module, from early to late.
+
+        Raises:
+            BackboneError: no residual blocks of convolutions.
+        """
+        found: list[tuple[str, nn.Conv2d]] = []
+        for name, module in self.named_modules():
+            end = BLOCK_ENDS.get(type(module).__name__, "")
+            last = getattr(module, end, None) if end else None
+            if not isinstance(last, nn.Conv2d):  # one with its norm, as in RegNet
+                end, last = f"{end}.conv", getattr(last, "conv", None)
+            if isinstance(last, nn.Conv2d):
+                found.append((f"{name}.{end}", last))
+        if not found:
+            raise BackboneError(
+                f"{self.arch} ({self.family}) has no residual blocks of convolutions: "
+                "use a ResNet, RegNet, EfficientNet or MobileNet"
+            )
+        return found
 
     def feature_map(self, images: Tensor) -> list[tuple[Tensor, int]]:
         """Images [B, 3, H, W] -> a (map [B, C, h, w], stride in pixels) per stage, from early to late.
@@ -191,6 +229,27 @@ class Backbone(nn.Module):
             raise BackboneError(f"{self.arch} does not give its feature maps: choose another backbone")
         maps: list[Tensor] = self.model.forward_intermediates(images, intermediates_only=True, output_fmt="NCHW")
         return [(each, round(images.shape[-1] / each.shape[-1])) for each in maps]
+
+    @property
+    def cell_width(self) -> int:
+        """C of the cells of `features_and_cells`."""
+        return int(self.model.num_features)
+
+    def features_and_cells(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, D] as `forward` gives them, and what they are pooled from: cells of the last map, or patch
+        tokens, [B, n, C].
+
+        Raises:
+            BackboneError: the architecture pools within its last layers.
+        """
+        last = self.model.forward_features(images) if hasattr(self.model, "forward_head") else None
+        if not isinstance(last, Tensor) or last.ndim not in (3, 4):
+            raise BackboneError(f"{self.arch} does not show what its features are pooled from: choose another backbone")
+        if last.ndim == 4:
+            cells = last.flatten(1, 2) if self.channels_last else last.flatten(2).mT
+        else:
+            cells = last[:, int(getattr(self.model, "num_prefix_tokens", 0)) :]
+        return self.model.forward_head(last), cells
 
     def map_layer(self) -> str:
         """timm's name of the module whose answer the network pools into features, found by running it once.

@@ -174,5 +174,4 @@ def positions(output: Tensor, backbone: Backbone) -> Tensor:
     if output.ndim == 4:
         return output.permute(0, 3, 1, 2) if backbone.channels_last else output
     prefix = int(getattr(backbone.model, "num_prefix_tokens", 0))
-    by_class_token = getattr(backbone.model, "global_pool", "") == "token"
-    return (output[:, :1] if by_class_token else output[:, prefix:]).mT[..., None]
+    return (output[:, :1] if backbone.reads_class_token else output[:, prefix:]).mT[..., None]

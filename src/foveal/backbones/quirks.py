@@ -61,6 +61,17 @@ QUIRKS: dict[str, Quirk] = {
 }
 
 
+BLOCK_ENDS = {
+    "BasicBlock": "conv2",
+    "Bottleneck": "conv3",
+    "DepthwiseSeparableConv": "conv_pw",
+    "EdgeResidual": "conv_pwl",
+    "InvertedResidual": "conv_pwl",
+    "UniversalInvertedResidual": "pw_proj",
+}
+"""Classes of residual blocks, and where the last convolution before the sum is: the convolution, or one with a norm."""
+
+
 def is_self_attention(module: nn.Module) -> bool:
     """Whether a module projects to queries, keys and values itself, by one matrix or by three."""
     children = dict(module.named_children())

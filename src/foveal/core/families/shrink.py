@@ -95,3 +95,8 @@ class Shrink(Method):
 
 class Accelerate(Shrink):
     """The same hooks for a method that keeps the weights and does less with them, such as with fewer tokens."""
+
+    def frontier(self, model: Classifier) -> dict[str, Classifier]:
+        """What this method makes of `model` at other budgets, by a name for each, from dear to cheap. The report plots
+        what each costs and answers."""
+        return {}
