@@ -34,7 +34,7 @@ def explain(
     from foveal.verbs._explained import write_folder
 
     progress = progress or Progress()
-    folder = out or Path("runs") / f"{bundle.resolve().name}-{split_choice(method)[0]}"
+    folder = Path(out or Path("runs") / f"{Path(bundle).resolve().name}-{split_choice(method)[0]}")
     found = explain_images(
         load_classifier(bundle),
         images,
