@@ -18,7 +18,7 @@ def naive(X: np.ndarray, labels: np.ndarray, groups: np.ndarray, k: int) -> tupl
         R = sum(labels[j] == labels[i] for j in others)
         if not R:
             continue
-        similar = {j: np.float32((X[i] * X[j]).sum()) for j in others}
+        similar = {j: round(float(X[i].astype(np.float64) @ X[j]), 6) for j in others}
         order = sorted(others, key=lambda j: (-similar[j], labels[j] == labels[i]))
         hits.append(any(labels[j] == labels[i] for j in order[:k]))
         found, total = 0, 0.0

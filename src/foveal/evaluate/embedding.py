@@ -13,6 +13,8 @@ from foveal.core.errors import DataError
 
 CELLS = 1 << 23
 """Similarities held at once."""
+DIGITS = 6
+"""Similarities equal to so many decimals are equal: float32 does not tell them apart."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def retrieval(
     step = max(1, CELLS // max(1, len(found)))
     for start in range(0, len(queries), step):
         rows = np.arange(start, min(start + step, len(queries)))
-        S = queries[rows] @ found.T
+        S = np.round(queries[rows] @ found.T, DIGITS)
         right = labels[rows][:, None] == kinds
         if gallery is None:
             hidden = own[rows][:, None] == own

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from foveal.backbones.adapter import Backbone, build, load_backbone, rebuild_backbone
@@ -22,17 +23,18 @@ from foveal.core.families.retrieve import Embedding, Retrieve
 from foveal.core.folders import atomic_file, cache_root
 from foveal.core.options import options_to_dict
 from foveal.core.progress import Progress
+from foveal.core.schema import StoredBackbone
 from foveal.core.seeds import derive, seed_everything
 from foveal.core.threads import cpu_threads
 from foveal.data.dataset import Dataset
 from foveal.data.images import to_pixels
 from foveal.data.open import open_pool
-from foveal.data.pieces import Images, in_pieces
+from foveal.data.pieces import Pieces, in_pieces
 from foveal.evaluate.embedding import unit
 from foveal.features.cache import RowStore
 from foveal.features.extract import chunks, run_ahead
-from foveal.features.session import feature_session
-from foveal.features.table import reader
+from foveal.features.session import Session, feature_session
+from foveal.features.table import Part, reader
 from foveal.ship.library import WEIGHTS, Library, Rows
 from foveal.train.loop import train
 from foveal.train.pool import PoolImages
@@ -86,6 +88,10 @@ def embedder_of(library: Library, *, offline: bool) -> Embedder:
     """
     about = library.about
     again = "restore the library or index again"
+    try:
+        StoredBackbone.model_validate(about["backbone"])
+    except (ValidationError, KeyError):
+        raise BundleError(f"{library.path} does not say what backbone made it: {again}") from None
     if about.get("weights"):
         file = library.path / WEIGHTS
         if not file.is_file() or sha256(file) != about["weights"]:
@@ -178,69 +184,52 @@ def fill(
     device: str,
     progress: Progress,
 ) -> tuple[int, list[list[str]]]:
-    """Add the images of DATA that are not in the library yet. Returns how many, and those set aside."""
-    known = library.names(source)
-    pieces = of_table(data, embedder) if is_table(data) else None
-    added, aside = 0, []
-    if pieces is not None:
-        for rows in pieces:
-            fresh = [row for row, name in enumerate(rows.ids) if name not in known]
-            library.add(source, taken(rows, fresh))
-            added += len(fresh)
-        return added, []
-    session: Any = None
-    cache: RowStore | None = None
-    cut = in_pieces(data, PIECE, offline=offline)
-    aside += [list(item) for item in cut.set_aside]
-    seen = 0
-    for piece in cut.cut:
-        images = piece.open()
-        aside += [list(item) for item in images.set_aside]
-        fresh = [row for row in range(len(images)) if images.ids[row] not in known]
-        seen += len(images) - len(fresh)
-        if not fresh:
-            continue
-        if session is None:
-            session = feature_session(embedder.backbone, device=device)
-            folder = cache_root() / "features" / embedder.backbone.fingerprint()
-            cache = RowStore(folder, np.float32, (embedder.backbone.width,))
-        rows, failed = embedded(images, fresh, embedder, session, cache, progress, seen, cut.images)
-        library.add(source, rows)
-        aside += failed
-        seen += len(fresh)
-        added += len(rows.ids)
+    """Add the images of DATA that are not in the library yet. Returns how many, and (id, reason) of those set aside."""
+    known, aside, added = library.names(source), [], 0
+    if is_table(data):
+        batches = of_table(data, embedder)
+    else:
+        pieces = in_pieces(data, PIECE, offline=offline)
+        aside += [list(item) for item in pieces.set_aside]
+        batches = of_images(pieces, embedder, known, aside, device=device, progress=progress)
+    for rows in batches:
+        fresh = [row for row, name in enumerate(rows.ids) if name not in known]
+        library.add(source, taken(rows, fresh))
+        added += len(fresh)
     return added, aside
 
 
-def embedded(
-    images: Images,
-    fresh: list[int],
-    embedder: Embedder,
-    session: Any,
-    cache: RowStore | None,
-    progress: Progress,
-    before: int,
-    total: int | None,
-) -> tuple[Rows, list[list[str]]]:
-    """Rows of some of a piece's images, and (id, reason) of those that cannot be read."""
-    read = reader(images, embedder.backbone.preprocessing, session, embedder.backbone.width, cache)
-    rows: list[int] = []
-    hashes: list[bytes] = []
-    vectors: list[np.ndarray] = []
-    aside: list[list[str]] = []
-    part_of = ([fresh[at] for at in chunk] for chunk in chunks(len(fresh)))
-    with closing(run_ahead(read, part_of, cpu_threads())) as parts:
-        for part in parts:
-            rows += part.rows
-            hashes += part.sha256
-            vectors.append(embedder.vectors(part.features))
-            aside += [[images.ids[row], reason] for row, reason in part.failed.items()]
-            done = before + len(rows) + len(aside)
-            progress.update("embedding", done, total or done)
-    found = np.concatenate(vectors) if vectors else np.zeros((0, embedder.width), np.float32)
-    return Rows(
-        *([column[row] for row in rows] for column in (images.ids, images.labels, images.splits)), hashes, found
-    ), aside
+def of_images(
+    pieces: Pieces, embedder: Embedder, known: set[str], aside: list[list[str]], *, device: str, progress: Progress
+) -> Iterator[Rows]:
+    """The rows of each piece's images that are not `known`; those that cannot be read go to `aside`."""
+    backbone, done = embedder.backbone, 0
+    session: Session | None = None
+    cache: RowStore | None = None
+    for piece in pieces.cut:
+        images = piece.open()
+        aside += [list(item) for item in images.set_aside]
+        fresh = [row for row in range(len(images)) if images.ids[row] not in known]
+        done += len(images) - len(fresh)
+        if not fresh:
+            continue
+        if session is None:
+            session = feature_session(backbone, device=device)
+            cache = RowStore(cache_root() / "features" / backbone.fingerprint(), np.float32, (backbone.width,))
+        read = reader(images, backbone.preprocessing, session, backbone.width, cache)
+        found: list[Part] = []
+        with closing(
+            run_ahead(read, ([fresh[at] for at in some] for some in chunks(len(fresh))), cpu_threads())
+        ) as parts:
+            for part in parts:
+                found.append(part)
+                aside += [[images.ids[row], reason] for row, reason in part.failed.items()]
+                done += len(part.rows) + len(part.failed)
+                progress.update("embedding", done, pieces.images or done)
+        rows = [row for part in found for row in part.rows]
+        columns = ([column[row] for row in rows] for column in (images.ids, images.labels, images.splits))
+        features = np.concatenate([part.features for part in found])
+        yield Rows(*columns, [sha for part in found for sha in part.sha256], embedder.vectors(features))
 
 
 def taken(rows: Rows, some: list[int]) -> Rows:

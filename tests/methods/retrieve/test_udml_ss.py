@@ -19,16 +19,16 @@ def unit(n: int = 12, D: int = 6, seed: int = 0) -> Tensor:
 
 def naive(z: Tensor, labels: list[int]) -> Tensor:
     """The paper's loss, image by image, pair by pair; anchors that mining leaves nothing count in the mean."""
-    total = z.new_zeros(())
+    total, S = z.new_zeros(()), (z @ z.T).tolist()
     for i in range(len(z)):
         positives = [j for j in range(len(z)) if j != i and labels[j] == labels[i]]
         negatives = [j for j in range(len(z)) if labels[j] != labels[i]]
         if not positives or not negatives:
             continue
-        least = min(float(z[i] @ z[j]) for j in positives)
-        most = max(float(z[i] @ z[j]) for j in negatives)
-        pull = [torch.exp(-2 * (z[i] @ z[j] - 0.5)) for j in positives if float(z[i] @ z[j]) - 0.1 < most]
-        push = [torch.exp(40 * (z[i] @ z[j] - 0.5)) for j in negatives if float(z[i] @ z[j]) + 0.1 > least]
+        least = min(S[i][j] for j in positives)
+        most = max(S[i][j] for j in negatives)
+        pull = [torch.exp(-2 * (z[i] @ z[j] - 0.5)) for j in positives if S[i][j] - 0.1 < most]
+        push = [torch.exp(40 * (z[i] @ z[j] - 0.5)) for j in negatives if S[i][j] + 0.1 > least]
         if pull:
             total = total + torch.log(1 + sum(pull)) / 2
         if push:
