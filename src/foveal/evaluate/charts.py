@@ -150,9 +150,7 @@ def curves_chart(
     """
     series = {
         key: [
-            (float(row.get(x, place + 1)), float(row[key]))
-            for place, row in enumerate(history)
-            if drawn(row.get(key))
+            (float(row.get(x, place + 1)), float(row[key])) for place, row in enumerate(history) if drawn(row.get(key))
         ]
         for key in names
     }
@@ -173,6 +171,29 @@ def curves_chart(
             tip = f"{x} {at:g}: {value:.4g}"
             parts.append(f'<circle class="dot {colour}" cx="{across}" cy="{up}" r="2.6"><title>{tip}</title></circle>')
     return frame.svg(parts, f"{y_label} by {x}")
+
+
+def frontier_chart(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """Balanced accuracy against time, one dot for each budget with its name; None when nothing can be drawn.
+
+    Args:
+        rows: name, milliseconds, balanced_accuracy; the first is the model that nothing was done to.
+    """
+    known = [row for row in rows if drawn(row["milliseconds"]) and drawn(row["balanced_accuracy"])]
+    if not known:
+        return None
+    times, answers = ([float(row[key]) for row in known] for key in ("milliseconds", "balanced_accuracy"))
+    pad = (max(answers) - min(answers)) * 0.15 or 0.05
+    frame = Frame((0, 1.15 * max(times)), (min(answers) - pad, max(answers) + pad), width=330, height=200)
+    parts = frame.axes("milliseconds of one image", "balanced accuracy", ticks(*frame.x), ticks(*frame.y))
+    points = [frame.at(*each) for each in zip(times, answers, strict=True)]
+    parts.append(path(points, "line accent"))
+    for place_, (row, (x, y)) in enumerate(zip(known, points, strict=True)):
+        tip = f"{row['name']}: {row['milliseconds']:.1f} ms, {row['balanced_accuracy']:.3f}"
+        kind = "accent" if place_ else "muted"
+        parts.append(f'<circle class="dot {kind}" cx="{x}" cy="{y}" r="4"><title>{escape(tip)}</title></circle>')
+        parts.append(f'<text class="note" x="{x}" y="{y - 8}" text-anchor="middle">{escape(row["name"])}</text>')
+    return frame.svg(parts, "Balanced accuracy by time at several budgets")
 
 
 def drawn(value: Any) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from foveal.evaluate.beside import sides
-from foveal.evaluate.charts import curves_chart, drawn, place, reliability_chart, unknown_chart
+from foveal.evaluate.charts import curves_chart, drawn, frontier_chart, place, reliability_chart, unknown_chart
 from foveal.evaluate.page import (
     METRICS,
     MULTI_LABEL,
@@ -103,6 +103,7 @@ def write_report(path: str | Path, context: ReportContext) -> None:
             if row.get("about")
         ],
         "distilled": distilled(metrics.get("distilled")),
+        "updated": updated(metrics.get("update")),
         "multi": multi,
         "per_class": per_class(metrics["per_class"]),
         "confusion": confusion(metrics, manifest["classes"]),
@@ -226,6 +227,42 @@ def distilled(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "notes": [sentence(note) for note in record["notes"]],
         "columns": ["balanced accuracy", "parameters", "million MACs", "ms an image"],
         "rows": rows,
+    }
+
+
+def updated(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Whether a Bundle that learnt new classes answers the old ones as before."""
+    if not record:
+        return None
+    moved, new = record["moved"], sum(row["new"] for row in record["per_class"])
+    if moved is None:
+        tone, said = "care", "There were no old images to test on: what happened to the old classes is not known."
+    elif moved["equal"]:
+        tone = "good"
+        said = f"The scores of the old classes are equal bit by bit, before and after, on {count(moved['n'])} images."
+    else:
+        tone = "care"
+        said = f"The scores of the old classes moved by up to {moved['moved']:.3g} (mean {moved['moved_mean']:.3g}) on "
+        said += f"{count(moved['n'])} old images; {percent(moved['altered'])} of these have another best old class."
+    if moved is not None:
+        said += f" {percent(moved['taken'])} of the old images are now given a new class. Old classes were answered "
+        said += f"right {percent(record['old_before'])} of the time, and are {percent(record['old_after'])}; "
+        said += f"new ones {percent(record['new_after'])}."
+    return {
+        "tone": tone,
+        "verdict": said,
+        "about": f"{record['method']} added {new} classes and {count(record['parameters_added'])} numbers. Old test "
+        f"images: {record['about']}.",
+        "rows": [
+            {
+                "name": row["name"],
+                "kind": "new" if row["new"] else "old",
+                "n": count(row["n"]),
+                "before": percent(row["before"]),
+                "after": percent(row["after"]),
+            }
+            for row in record["per_class"]
+        ],
     }
 
 
@@ -397,6 +434,7 @@ def before_after(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "about": sentence("; ".join(filter(None, [timed, record.get("reason", "")]))),
         "columns": columns,
         "rows": rows,
+        "frontier": frontier_chart(record.get("frontier") or []),
         "steps": [
             (step["name"], ", ".join(f"{key.replace('_', ' ')} {quantity(value)}" for key, value in said.items()))
             for step in record["steps"]

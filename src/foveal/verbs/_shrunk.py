@@ -17,7 +17,7 @@ import torch
 from foveal.core import catalogue
 from foveal.core.bundle import write_json
 from foveal.core.errors import DataError, UsageError
-from foveal.core.families.shrink import QUANTITIES, Quantity, Shrink, Shrunk, Target
+from foveal.core.families.shrink import QUANTITIES, Accelerate, Quantity, Shrink, Shrunk, Target
 from foveal.core.folders import claim
 from foveal.core.method import Classifier
 from foveal.core.options import options_to_dict
@@ -36,6 +36,7 @@ from foveal.train.classify import predict_logits
 from foveal.train.tuning import TrainingImages
 from foveal.verbs._adapt import Adapted, Known
 from foveal.verbs._export import CALIBRATING, HELD_OUT, squares_of
+from foveal.verbs._frontier import frontier
 from foveal.verbs._prepare import Prepared, manifest_data, prepare
 from foveal.verbs._write import finished, write_bundle
 
@@ -145,6 +146,10 @@ def shrink_bundle(
     adapted = as_adapted(bundle, after, prepared, splits, training, device, time.perf_counter() - start)
     record = compare(bundle, adapted, prepared, splits, chain, exporter, max_drop, device, progress)
     record["target"] = goal and {"quantity": goal.quantity, "share": goal.share}
+    if isinstance(chain[-1], Accelerate):
+        progress.say(f"measuring {chain[-1].name} at other budgets")
+        given = made[-2].module if len(made) > 1 else before
+        record["frontier"] = frontier(chain[-1], given.cpu(), prepared, adapted.test.rows, exporter, device)
     record["steps"] = [
         {"name": method.name, "options": options_to_dict(method.options), "notes": dict(step.notes)}
         for method, step in zip(chain, made, strict=True)
