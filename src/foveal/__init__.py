@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from foveal.verbs.search import search
     from foveal.verbs.serve import serve
     from foveal.verbs.shrink import shrink
+    from foveal.verbs.update import update
 
 VERBS = (
     "fit",
@@ -50,6 +51,7 @@ VERBS = (
     "export",
     "shrink",
     "distill",
+    "update",
     "serve",
     "push",
     "methods",
@@ -81,6 +83,7 @@ __all__ = [
     "search",
     "serve",
     "shrink",
+    "update",
 ]
 
 

@@ -87,6 +87,12 @@ class Classifier(nn.Module):
         self.backbone = backbone
         self.head = head
 
+    @property
+    def width(self) -> int:
+        """D, how many numbers the head reads."""
+        backbone: Any = self.backbone
+        return backbone.width
+
     def features(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> pooled features [B, D], what the head reads."""
         return self.backbone(images)

@@ -22,14 +22,17 @@ from torch import Tensor, nn
 from foveal.backbones.adapter import Backbone, normalise, rebuild_backbone
 from foveal.blocks.codes import Codes
 from foveal.core import catalogue
-from foveal.core.bundle import BundleFiles, open_bundle
+from foveal.core.bundle import BundleFiles, open_bundle, sha256
 from foveal.core.errors import BundleError, DataError
+from foveal.core.families.continual import Continual
 from foveal.core.families.shrink import Shrink
 from foveal.core.method import Adapt, Classifier, Task
 from foveal.core.options import parse_options
 from foveal.core.preprocessing import Preprocessing
 from foveal.core.task import OTHER_TASKS
 from foveal.data.dataset import Dataset
+from foveal.data.memory import NAME as MEMORY
+from foveal.data.memory import Exemplars, read_exemplars
 from foveal.data.open import open_images
 from foveal.evaluate.calibration import Calibrated
 from foveal.evaluate.ood import empty_score
@@ -145,13 +148,13 @@ class Bundle:
         return method
 
     @cached_property
-    def steps(self) -> list[tuple[Shrink, dict[str, Any]]]:
+    def steps(self) -> list[tuple[Shrink | Continual, dict[str, Any]]]:
         """The methods that changed the model's structure, in order, and their plans."""
-        found: list[tuple[Shrink, dict[str, Any]]] = []
+        found: list[tuple[Shrink | Continual, dict[str, Any]]] = []
         for step in self.manifest.get("steps", []):
             cls = catalogue.get(step["name"])
             method = cls(parse_options(cls.Options, step["options"], step["name"]))
-            if not isinstance(method, Shrink):
+            if not isinstance(method, Shrink | Continual):
                 raise BundleError(f"Bundle {self.path} names {method.name} as a step, which changes no structure")
             found.append((method, step["plan"]))
         return found
@@ -159,7 +162,8 @@ class Bundle:
     @property
     def codes(self) -> list[tuple[np.ndarray, Codes]]:
         """Weights that a step made from integers, output channels first, and those integers."""
-        return [pair for method, _ in self.steps for pair in method.codes(self.model.classifier)]
+        shrinking = [method for method, _ in self.steps if isinstance(method, Shrink)]
+        return [pair for method in shrinking for pair in method.codes(self.model.classifier)]
 
     @property
     def head_shapes(self) -> dict[str, torch.Size]:
@@ -189,7 +193,7 @@ class Bundle:
                 held = sum(tensor.numel() for tensor in weights.values())
                 classifier = filled(self.structure(held), part(weights, "classifier."))
             unknown = filled(empty_score(name, shapes(score)), score)
-            fits = classifier.head(torch.zeros(1, cast(Backbone, classifier.backbone).width)).shape
+            fits = classifier.head(torch.zeros(1, classifier.width)).shape
             if fits != (1, len(self.classes)):
                 raise RuntimeError(f"the head answers {fits[1]} classes, expected {len(self.classes)}")
             temperature = float(weights["temperature"])
@@ -212,7 +216,8 @@ class Bundle:
         described, most = self.manifest["backbone"], int(held / SMALLEST) if self.steps else held
         if not self.method.reads_features():
             backbone = rebuild_backbone(described, most=most)
-            classifier = self.method.finish(self.method.attach(backbone, len(self.classes)))
+            added = sum(method.added(plan) for method, plan in self.steps if isinstance(method, Continual))
+            classifier = self.method.finish(self.method.attach(backbone, len(self.classes) - added))
         else:
             if sum(shape.numel() for shape in self.head_shapes.values()) > most:
                 raise BundleError(f"the head had more than {most:,} numbers, the weights hold {held:,}")
@@ -222,6 +227,20 @@ class Bundle:
             classifier = method.rebuild(classifier, plan)
         cast(Backbone, classifier.backbone).changes = json.dumps(self.manifest.get("steps", []), sort_keys=True)
         return classifier
+
+    @property
+    def memory(self) -> Exemplars | None:
+        """The images it keeps of its classes to learn others by; None when it keeps none, or came without them.
+
+        Raises:
+            BundleError: they are damaged.
+        """
+        file, told = self.path / MEMORY, self.manifest.get("memory")
+        if told is None or not file.is_file():
+            return None
+        if not isinstance(told, dict) or sha256(file) != told.get("sha256"):
+            raise BundleError(f"{MEMORY} in Bundle {self.path} was edited or is damaged: give old images with --old")
+        return read_exemplars(file, self.classes)
 
     def labels_of(self, dataset: Dataset, rows: np.ndarray) -> np.ndarray:
         """Labels of some images in this Bundle's order of classes, of which the data may have only some: int64 [n], or

@@ -147,7 +147,7 @@ class Options:
     width: int = option(32, "channels of the generator's last wide layer (the paper's: 128)", ge=1, le=512)
     epochs: int = option(10, "passes over the images (the paper's: 20)", ge=1, le=10_000)
     lr: float = option(2e-4, "learning rate of the generator", gt=0, le=1)
-    batch_size: int = option(32, "images per step (the paper's: 256)", ge=2, le=65536)
+    batch_size: int = option(16, "images per step (the paper's: 256)", ge=2, le=65536)
 
 
 @method(

@@ -1,0 +1,363 @@
+"""DyTox (Douillard et al., CVPR 2022, arXiv 2111.11326): one learnt token and one small head for each batch of classes.
+
+A decoder reads the patch tokens or map cells X of an image once for every token theta_i, with theta_i the only query,
+
+    e_i = TAB(theta_i, [theta_i ; X]),    logits = [head_1(e_1) ; ... ; head_t(e_t)],
+
+so the heads do not share what they read, and no task number is asked for. Old tokens and heads are frozen; what all
+share is held by distillation from the model before and by a memory of old images:
+(1 - a) L_class + a L_kd + lambda L_div, a = C_old / C, with a throw-away head that tells new classes from 'any old'.
+Then everything but the encoder learns a little more on equally many images of each class.
+
+It needs labels, some images of the old classes, and a last map or patch tokens. `shared=learn` is the paper: encoder
+and decoder go on learning, and old answers move. The default, `shared=frozen`, is ours: the encoder stays, and each
+update has a decoder of its own, so the logits of earlier classes cannot move by a bit; it is also how a Bundle that
+was fitted by another method learns new classes, its head staying as it is. `objective=softmax` is ours too, since such
+heads were trained that way; the paper's is `sigmoid`. The width and the recipe are made for hundreds of images. MixUp
+(DyTox+) and SAM (DyTox++) are left out. `Locals` is the paper's encoder, of timm's ConViT blocks.
+
+When not to use it: when all old images are at hand, fit anew on everything; with `shared=frozen`, when the new classes
+look like nothing the backbone can tell apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from foveal.core.errors import UsageError
+from foveal.core.families.continual import Continual, Stage
+from foveal.core.method import Classifier, Recipe, Spec, method
+from foveal.core.options import option, options
+
+HEAD_WIDTH = 32
+"""Numbers of the decoder's width that each attention head reads, as in the paper (384 over 12)."""
+DECAY = 1e-6
+
+
+def distillation(new: Float[Tensor, "B C"], old: Float[Tensor, "B C"], tau: float = 1.0) -> Float[Tensor, ""]:
+    """KL(softmax(old / tau) || softmax(new / tau)) tau^2, averaged over images and classes: a C-th of what is usually
+    meant, as in the authors' code."""
+    kept, wanted = (new / tau).log_softmax(1), (old / tau).log_softmax(1)
+    return (wanted.exp() * (wanted - kept)).mean() * tau**2
+
+
+def either(
+    logits: Float[Tensor, "B C"], labels: Int[Tensor, " B"], objective: Literal["softmax", "sigmoid"]
+) -> Float[Tensor, ""]:
+    """Cross-entropy, or binary cross-entropy with one-hot targets averaged over images and classes."""
+    if objective == "softmax":
+        return F.cross_entropy(logits, labels)
+    return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.shape[1]).to(logits))
+
+
+class TaskAttention(nn.Module):
+    """The task-attention block: a token [D] and cells [B, n, D] -> an embedding [B, D]; the token alone asks."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise UsageError(f"width {width} cannot be shared by {heads} attention heads: choose a multiple")
+        self.heads = heads
+        self.norm, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.proj = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, token: Tensor, cells: Tensor) -> Tensor:
+        asked = token.expand(len(cells), 1, -1)
+        read = self.norm(torch.cat([asked, cells], 1))
+        q, k, v = (
+            each.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for each in (self.q(read[:, :1]), self.k(read), self.v(read))
+        )
+        found = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        answer = token + self.proj(found.transpose(1, 2).flatten(2))[:, 0]
+        return answer + self.mlp(self.norm_mlp(answer))
+
+
+class Decoder(nn.Module):
+    """Cells [B, n, C] -> one embedding for each token [B, T, D], by the same block."""
+
+    def __init__(self, cells: int, width: int) -> None:
+        super().__init__()
+        self.project = nn.Identity() if cells == width else nn.Linear(cells, width)
+        self.attention = TaskAttention(width, max(1, width // HEAD_WIDTH))
+        self.tokens = nn.ParameterList()
+        self.width = width
+
+    def add(self) -> None:
+        """One more token."""
+        self.tokens.append(nn.Parameter(nn.init.trunc_normal_(torch.empty(self.width), std=0.02)))
+
+    def forward(self, cells: Tensor) -> Tensor:
+        read = self.project(cells)
+        return torch.stack([self.attention(token, read) for token in self.tokens], 1)
+
+
+class Joint(nn.Module):
+    """What was there before and a head for each token: features [B, D_0 + D_1 + ...] -> logits [B, C]."""
+
+    def __init__(self, base: nn.Module | None, base_width: int) -> None:
+        super().__init__()
+        self.base = base
+        self.tasks = nn.ModuleList()
+        self.widths = [base_width]
+
+    def add(self, width: int, classes: int) -> None:
+        self.tasks.append(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes)))
+        self.widths.append(width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        before, *embeddings = features.split(self.widths, 1)
+        logits = [] if self.base is None else [self.base(before.contiguous())]
+        return torch.cat([*logits, *(head(e) for head, e in zip(self.tasks, embeddings, strict=True))], 1)
+
+
+class Expanded(Classifier):
+    """A classifier that classes were added to: normalised images [B, 3, H, W] -> logits [B, C], in order of coming.
+
+    Attributes:
+        decoders: each reads the cells for the tokens it holds.
+    """
+
+    def __init__(self, backbone: Any, base: nn.Module | None) -> None:
+        super().__init__(backbone, Joint(base, 0 if base is None else backbone.width))
+        self.decoders = nn.ModuleList()
+
+    def add(self, classes: int, width: int, fresh: bool) -> None:
+        """Room for a batch of classes: a token, in a decoder of its own (`fresh`) or in the last one, and a head."""
+        if classes < 1:
+            raise UsageError(f"a batch of {classes} new classes: expected at least 1")
+        if fresh or not len(self.decoders):
+            self.decoders.append(Decoder(self.backbone.cell_width, width))
+        last: Any = self.decoders[-1]
+        last.add()
+        joint: Any = self.head
+        joint.add(last.width, classes)
+
+    @property
+    def width(self) -> int:
+        joint: Any = self.head
+        return sum(joint.widths)
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.embed(*self.backbone.features_and_cells(images))  # pyright: ignore[reportCallIssue]
+
+    def embed(self, pooled: Tensor, cells: Tensor) -> Tensor:
+        """Pooled features [B, D_0] and cells [B, n, C] -> what the heads read.
+
+        Raises:
+            UsageError: nothing has been learnt yet.
+        """
+        joint: Any = self.head
+        parts = [] if joint.base is None else [pooled]
+        parts += [decoder(cells).flatten(1) for decoder in self.decoders]
+        if not parts:
+            raise UsageError("a model without a class cannot answer: add its first classes")
+        return torch.cat(parts, 1)
+
+
+class Locals(nn.Module):
+    """The paper's encoder: images [B, 3, S, S] -> patch tokens, through blocks of gated positional self-attention."""
+
+    def __init__(self, size: int = 32, patch: int = 4, width: int = 384, depth: int = 5, heads: int = 12) -> None:
+        from timm.models.convit import Block
+
+        super().__init__()
+        if size % patch:
+            raise UsageError(f"images of {size} pixels do not cut into patches of {patch}: the grid must be square")
+        if width % heads:
+            raise UsageError(f"width {width} cannot be shared by {heads} attention heads: choose a multiple")
+        self.width = self.cell_width = width
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, (size // patch) ** 2, width), std=0.02))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            block.attn.local_init()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+
+    def features_and_cells(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of the patch tokens [B, D], and the tokens [B, n, D]."""
+        if images.shape[-2] != images.shape[-1]:
+            raise UsageError(f"images of {images.shape[-2]} x {images.shape[-1]} pixels: the grid must be square")
+        cells = self.patches(images).flatten(2).mT + self.positions
+        for block in self.blocks:
+            cells = block(cells)
+        return cells.mean(1), cells
+
+
+class Learner(nn.Module):
+    """What is trained in one stage: the grown model, beside it the model before and a throw-away head."""
+
+    def __init__(self, model: Expanded, teacher: Classifier | None, still: Sequence[nn.Module], diverge: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.teacher = teacher
+        self.still = list(still)  # parts of the model, which it registers itself
+        joint: Any = model.head
+        width, classes = joint.widths[-1], joint.tasks[-1][1].out_features
+        self.divergence = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes + 1)) if diverge else None
+
+    def train(self, mode: bool = True) -> Learner:
+        super().train(mode)
+        for each in (*self.still, *([self.teacher] if self.teacher else [])):
+            each.eval()
+        return self
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`logits` [B, C], and where there are any `teacher` [B, C_old] and `divergence` [B, C_new + 1]."""
+        if "cells" in batch:
+            fresh: Any = self.model.decoders[-1]
+            features = torch.cat([batch["known"], fresh(batch["cells"]).flatten(1)], 1)
+        else:
+            features = self.model.features(batch["images"])
+        found = {"logits": self.model.head(features)}
+        if self.teacher is not None:
+            with torch.no_grad():
+                found["teacher"] = self.teacher(batch["images"])
+        if self.divergence is not None:
+            joint: Any = self.model.head
+            found["divergence"] = self.divergence(features[:, -joint.widths[-1] :])
+        return found
+
+
+@options
+class Options:
+    """What `dytox` can be told."""
+
+    shared: Literal["frozen", "learn"] = option("frozen", "what old answers rest on: stays, or goes on learning")
+    objective: Literal["softmax", "sigmoid"] = option("softmax", "one answer for all classes, or one for each")
+    width: int = option(192, "width of a decoder, a multiple of 32 (the paper's: 384)", ge=32, le=1024, multiple_of=32)
+    distil: float = option(1.0, "weight of the distillation, times C_old / C (shared=learn)", ge=0, le=1000)
+    divergence: float = option(0.1, "weight of telling new classes from any old one", ge=0, le=1000)
+    epochs: int = option(20, "passes over new images and memory", ge=1, le=10_000)
+    balance: int = option(10, "passes over equally many images of each class, at a tenth of the rate", ge=0, le=10_000)
+    lr: float = option(1e-3, "learning rate", gt=0, le=1)
+    batch_size: int = option(64, "images per step", ge=2, le=65536)
+    augment: Literal["none", "light", "strong"] = option("light", "random crops and mirror images (shared=learn)")
+
+
+@method(
+    Spec(
+        family="continual",
+        title="DyTox: dynamic token expansion",
+        year=2022,
+        arxiv="2111.11326",
+        needs=frozenset({"labels", "feature map"}),
+    ),
+    Options,
+)
+class Dytox(Continual):
+    def first(self, encoder: Any, classes: int) -> Expanded:
+        """A model of its first classes on an encoder that learns with it, such as `Locals`."""
+        model = Expanded(encoder, None)
+        model.add(classes, encoder.cell_width, fresh=True)
+        return model
+
+    def grow(self, model: Classifier, classes: int) -> Expanded:
+        """
+        Raises:
+            UsageError: no class to add, or a model whose features are not its backbone's.
+        """
+        chosen: Options = self.options
+        if isinstance(model, Expanded):
+            grown = copy.deepcopy(model)
+        elif type(model).features is Classifier.features and hasattr(model.backbone, "features_and_cells"):
+            grown = Expanded(copy.deepcopy(model.backbone), copy.deepcopy(model.head))
+        else:
+            raise UsageError(
+                f"dytox cannot add classes to a {type(model).__name__}, which makes its features in its own way: "
+                "fit with a frozen-feature method, full, lora or attention-only"
+            )
+        grown.add(classes, chosen.width, fresh=chosen.shared == "frozen")
+        return grown.eval()
+
+    def recipe(self) -> Recipe:
+        chosen: Options = self.options
+        return Recipe(chosen.epochs, chosen.batch_size, chosen.lr, DECAY, augment=chosen.augment)
+
+    def stages(self) -> tuple[Stage, ...]:
+        chosen: Options = self.options
+        learn = Stage("learn", self.recipe())
+        if not chosen.balance:
+            return (learn,)
+        slow = Recipe(chosen.balance, chosen.batch_size, chosen.lr / 10, DECAY, augment=chosen.augment)
+        return learn, Stage("balance", slow, balanced=True)
+
+    def update(self, old: Classifier | None, grown: Any, stage: Stage) -> Learner:
+        """`old` is None for the first classes of a model that learns its encoder too."""
+        chosen: Options = self.options
+        moving = chosen.shared == "learn" and not stage.balanced
+        grown.requires_grad_(False)
+        trained = [grown.decoders[-1].tokens[-1], *grown.head.tasks[-1].parameters()]
+        decoders = grown.decoders if chosen.shared == "learn" else grown.decoders[-1:]
+        for decoder in decoders:
+            trained += [*decoder.project.parameters(), *decoder.attention.parameters()]
+        if moving:
+            trained += [*grown.backbone.parameters()]
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        teacher = None
+        if moving and old is not None and chosen.distil:
+            teacher = copy.deepcopy(old).requires_grad_(False).eval()
+        return Learner(
+            grown,
+            teacher,
+            [] if moving else [grown.backbone],
+            diverge=old is not None and not stage.balanced and chosen.divergence > 0,
+        )
+
+    @torch.no_grad()
+    def given(self, grown: Any, images: Tensor) -> Mapping[str, Tensor] | None:
+        """With `shared=frozen`: the cells, and what all but the last decoder make of them."""
+        if self.options.shared == "learn":
+            return None
+        pooled, cells = grown.backbone.features_and_cells(images)
+        known = [] if grown.head.base is None else [pooled]
+        known += [decoder(cells).flatten(1) for decoder in grown.decoders[:-1]]
+        return {"known": torch.cat(known, 1), "cells": cells}
+
+    def loss(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        chosen: Options = self.options
+        found = model(batch)
+        logits, labels = found["logits"], batch["labels"]
+        learner = getattr(model, "module", model)
+        new = learner.model.head.tasks[-1][1].out_features
+        share = (logits.shape[1] - new) / logits.shape[1]
+        parts = {"class": either(logits.float(), labels, chosen.objective)}
+        total = parts["class"]
+        if "teacher" in found:
+            parts["distil"] = distillation(logits[:, :-new].float(), found["teacher"].float())
+            total = (1 - share) * total + chosen.distil * share * parts["distil"]
+        if "divergence" in found:
+            target = (labels - (logits.shape[1] - new) + 1).clamp_min(0)
+            parts["divergence"] = either(found["divergence"].float(), target, "sigmoid")
+            total = total + chosen.divergence * parts["divergence"]
+        return {"loss": total, **parts}
+
+    def finish(self, model: Learner) -> Expanded:
+        return model.model.requires_grad_(False)
+
+    def plan(self, old: Classifier, grown: Any) -> dict[str, Any]:
+        return {"classes": grown.head.tasks[-1][1].out_features}
+
+    def added(self, plan: Mapping[str, Any]) -> int:
+        classes = plan.get("classes")
+        if not isinstance(classes, int) or isinstance(classes, bool) or not 1 <= classes <= 100_000:
+            raise UsageError(f"a plan of dytox says classes={classes}: expected a number from 1 to 100,000")
+        return classes
+
+    def rebuild(self, model: Classifier, plan: Mapping[str, Any]) -> Expanded:
+        return self.grow(model, self.added(plan))
