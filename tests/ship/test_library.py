@@ -67,21 +67,21 @@ def test_fewer_images_than_asked_for(tmp_path: Path):
 
 def test_in_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(room, "EXACT", 1000)
-    centres = unit(50, 32)
-    X = centres[np.arange(3000) % 50] + 0.15 * unit(3000, 32, seed=1)
+    centres = unit(50, 128)
+    X = centres[np.arange(3000) % 50] + 0.5 * unit(3000, 128, seed=1)
     X /= np.linalg.norm(X, axis=1, keepdims=True)
     library = made(tmp_path / "l", X)
     assert library.engine == "approximate"
     assert library.about["indexed"] == 3000
     exact, _ = library.search(X[:50], 10, exact=True)
-    library.add("more", rows(unit(20, 32, seed=3), "j"))
+    library.add("more", rows(unit(20, 128, seed=3), "j"))
     library.finish()
     assert library.about["indexed"] == 3000  # too few to make it anew
     opened = open_library(tmp_path / "l")
     found, similar = opened.search(X[:50], 10)
     assert np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, exact, strict=True)]) > 0.9
     assert (np.diff(similar, axis=1) <= 0).all()
-    late, _ = opened.search(unit(20, 32, seed=3), 1)
+    late, _ = opened.search(unit(20, 128, seed=3), 1)
     assert late[:, 0].tolist() == list(range(3000, 3020))
     (tmp_path / "l" / "search.faiss").write_bytes(b"nothing")
     with pytest.raises(BundleError, match=r"search.faiss is missing or damaged"):
@@ -93,7 +93,7 @@ def test_widths_of_the_codes(width: int):
     X = unit(2000, width)
     index = room.build_index(lambda: iter([X[:900], X[900:]]), 2000, width)
     similar, found = index.search(X[:50], 1)
-    assert (similar[:, 0] > 0.97).all()
+    assert (similar[:, 0] > 0.97).mean() > 0.95
     assert (found[:, 0] == np.arange(50)).mean() > 0.8
 
 

@@ -75,7 +75,8 @@ def describe_options(cls: type[Any]) -> list[dict[str, Any]]:
             "maximum": "<= {}",
             "exclusiveMaximum": "< {}",
         }
-        field = {**field, **next((kind for kind in field.get("anyOf", ()) if kind.get("type") != "null"), {})}
+        either = cast("list[dict[str, Any]]", field.get("anyOf", []))  # a type, or null
+        field = next((field | kind for kind in either if kind.get("type") != "null"), field)
         limits = [form.format(field[key]) for key, form in bounds.items() if key in field]
         if "enum" in field:
             limits.append("one of " + ", ".join(json.dumps(value) for value in field["enum"]))

@@ -9,7 +9,7 @@ since are compared one by one. So a run that is killed leaves a library that ans
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ LISTS, PROBES = 1024, 64
 """Cells the vectors of a large library are dealt into, and how many of them a query looks into."""
 CODE = 4
 """Numbers of a vector, at least, for one 4-bit code; what codes find is compared again in 8 bits a number."""
+FEWEST = 16
+"""Codes of a vector below which 8 bits a number are compared at once."""
 AGAIN = 16
 """Candidates per answer that are compared again."""
 TRAINED = 64
@@ -227,12 +229,17 @@ class Library:
         return self._index
 
 
-def build_index(vectors: Any, n: int, width: int) -> Any:
-    """A faiss index over unit vectors that stream: cells, 4-bit codes in them, and 8 bits a number to compare again."""
+def build_index(vectors: Callable[[], Iterator[np.ndarray]], n: int, width: int) -> Any:
+    """A faiss index over unit vectors that stream: cells, 4-bit codes in them, and 8 bits a number to compare again.
+
+    Args:
+        vectors: gives all n vectors, float32 [m, width] at a time, each time it is called.
+    """
     engine = faiss()
     lists = max(1, min(LISTS, n // TRAINED))
     codes = next(count for count in range(max(1, width // CODE), 0, -1) if width % count == 0)
-    index = engine.index_factory(width, f"IVF{lists},PQ{codes}x4fs,Refine(SQ8)", engine.METRIC_INNER_PRODUCT)
+    inside = f"PQ{codes}x4fs,Refine(SQ8)" if codes >= FEWEST else "SQ8"
+    index = engine.index_factory(width, f"IVF{lists},{inside}", engine.METRIC_INNER_PRODUCT)
     every = max(1, n // (lists * TRAINED))
     index.train(np.concatenate([part[::every] for part in vectors()]))
     for part in vectors():
@@ -243,7 +250,8 @@ def build_index(vectors: Any, n: int, width: int) -> Any:
 
 def tune(index: Any) -> None:
     """How far a query looks."""
-    index.k_factor = AGAIN
+    if hasattr(index, "k_factor"):
+        index.k_factor = AGAIN
     faiss().extract_index_ivf(index).nprobe = PROBES
 
 

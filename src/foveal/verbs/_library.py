@@ -227,14 +227,23 @@ def of_images(
                 done += len(part.rows) + len(part.failed)
                 progress.update("embedding", done, pieces.images or done)
         rows = [row for part in found for row in part.rows]
-        columns = ([column[row] for row in rows] for column in (images.ids, images.labels, images.splits))
-        features = np.concatenate([part.features for part in found])
-        yield Rows(*columns, [sha for part in found for sha in part.sha256], embedder.vectors(features))
+        yield Rows(
+            ids=[images.ids[row] for row in rows],
+            labels=[images.labels[row] for row in rows],
+            splits=[images.splits[row] for row in rows],
+            sha256=[sha for part in found for sha in part.sha256],
+            vectors=embedder.vectors(np.concatenate([part.features for part in found])),
+        )
 
 
 def taken(rows: Rows, some: list[int]) -> Rows:
-    columns = (rows.ids, rows.labels, rows.splits, rows.sha256)
-    return Rows(*([column[row] for row in some] for column in columns), rows.vectors[some])
+    return Rows(
+        ids=[rows.ids[row] for row in some],
+        labels=[rows.labels[row] for row in some],
+        splits=[rows.splits[row] for row in some],
+        sha256=[rows.sha256[row] for row in some],
+        vectors=rows.vectors[some],
+    )
 
 
 def is_table(data: str | Path | Dataset) -> bool:
@@ -264,8 +273,8 @@ def of_table(data: str | Path | Dataset, embedder: Embedder) -> Iterator[Rows]:
             for batch in pq.ParquetFile(shard).iter_batches(PIECE):
                 table = pa.Table.from_batches([batch])
                 features = np.asarray(batch.column("features").flatten(), np.float32).reshape(len(batch), -1)
-                columns = (table[name].to_pylist() for name in ("id", "label", "split", "sha256"))
-                yield Rows(*columns, embedder.vectors(features))
+                ids, labels, splits, hashes = (table[name].to_pylist() for name in ("id", "label", "split", "sha256"))
+                yield Rows(ids, labels, splits, hashes, embedder.vectors(features))
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{folder} cannot be read as a feature table ({error}): make it again") from None
 

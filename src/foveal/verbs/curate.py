@@ -52,7 +52,7 @@ def curate(
         raise UsageError(f"{chosen.name} is a method to {chosen.spec.family}, not to curate: expected one of {able}")
     if keep is not None and not 0 < keep <= 1:
         raise UsageError(f"--keep {keep:g}: expected a share above 0 and at most 1")
-    out = out or default_out(data, chosen.name).with_suffix(".parquet")
+    out = Path(out) if out else default_out(data, chosen.name).with_suffix(".parquet")
     check_free(out)
     pool = open_images_of(data, groups, chosen, backbone=backbone, offline=offline, device=device, progress=progress)
     selection = choose(chosen, pool, keep)

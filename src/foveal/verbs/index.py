@@ -53,7 +53,7 @@ def index(
     check_choices(device=device)
     seconds = parse_budget(budget)
     chosen = method_of(method) if method else None
-    out = out or default_out(data, "library")
+    out = Path(out) if out else default_out(data, "library")
     work = out.with_name(out.name + ".work")
     if is_library(out):
         library = open_library(out)

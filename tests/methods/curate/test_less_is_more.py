@@ -74,8 +74,8 @@ def test_counts_on_the_solar_cells(cells: np.ndarray):
         assert abs(counts[radius] - kept) <= 0.01 * kept, f"radius {radius}"
     assert list(counts.values()) == sorted(counts.values(), reverse=True)
     assert selection.kept.sum() == counts[6]
-    assert selection.audit["false_negatives_before"] > 100
-    assert selection.audit["false_negatives_after"] == 0
+    assert selection.audit["false_negatives_in_256_before"] > 100
+    assert selection.audit["false_negatives_in_256_after"] == 0
 
 
 def test_cover_and_separation(cells: np.ndarray):

@@ -32,9 +32,9 @@ class Selection:
     distance: np.ndarray
     score: np.ndarray
     reasons: Sequence[str]
-    chosen: Mapping[str, Any] = field(default_factory=dict)
+    chosen: Mapping[str, Any] = field(default_factory=dict[str, Any])
     curve: Sequence[Mapping[str, float]] = ()
-    audit: Mapping[str, float] = field(default_factory=dict)
+    audit: Mapping[str, float] = field(default_factory=dict[str, float])
     notes: Sequence[str] = ()
 
     @property

@@ -195,7 +195,7 @@ def false_negatives(distance: Distance, exemplar: np.ndarray, radius: int) -> di
     for name, items in (("before", np.arange(len(exemplar))), ("after", np.unique(exemplar))):
         drawn = items[np.linspace(0, len(items) - 1, min(len(items), COUNTED)).astype(np.int64)]
         share = pairs_within(distance, drawn, radius) / max(1, len(drawn) * (len(drawn) - 1) // 2)
-        found[f"false_negatives_{name}"] = share * BATCH * (BATCH - 1) / 2
+        found[f"false_negatives_in_{BATCH}_{name}"] = share * BATCH * (BATCH - 1) / 2
     return found
 
 
