@@ -228,7 +228,7 @@ class Backbone(nn.Module):
         if not hasattr(self.model, "forward_intermediates"):
             raise BackboneError(f"{self.arch} does not give its feature maps: choose another backbone")
         maps: list[Tensor] = self.model.forward_intermediates(images, intermediates_only=True, output_fmt="NCHW")
-        return [(each, round(images.shape[-1] / each.shape[-1])) for each in maps]
+        return [(each, round(int(images.shape[-1]) / int(each.shape[-1]))) for each in maps]
 
     @property
     def cell_width(self) -> int:

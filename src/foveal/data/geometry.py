@@ -10,7 +10,7 @@ not used here.
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -141,18 +141,23 @@ class Carry(v2.Transform):
         matrix = torch.from_numpy(self.matrix)
         plain = inpt.as_subclass(Tensor)
         if isinstance(inpt, tv_tensors.Image):
-            return tv_tensors.wrap(resample_image(plain, self.matrix, self.size), like=inpt)
+            return rewrapped(resample_image(plain, self.matrix, self.size), like=inpt)
         if isinstance(inpt, tv_tensors.Mask):
             flat = plain.reshape(1, -1, *plain.shape[-2:]).double()
             found, _ = resample(flat, matrix[None], self.size, nearest=True)
-            return tv_tensors.wrap(found.reshape(*plain.shape[:-2], *canvas).to(plain.dtype), like=inpt)
+            return rewrapped(found.reshape(*plain.shape[:-2], *canvas).to(plain.dtype), like=inpt)
         if isinstance(inpt, tv_tensors.KeyPoints):
             new = moved(matrix.to(plain.device), plain.double()).to(as_float(plain))
-            return tv_tensors.wrap(new, like=inpt, canvas_size=canvas)
+            return rewrapped(new, like=inpt, canvas_size=canvas)
         edges = v2.functional.convert_bounding_box_format(plain, inpt.format, tv_tensors.BoundingBoxFormat.XYXY)
         new = moved_boxes(matrix.to(plain.device), edges.double()).to(as_float(plain))
         back = v2.functional.convert_bounding_box_format(new, tv_tensors.BoundingBoxFormat.XYXY, inpt.format)
-        return tv_tensors.wrap(back, like=inpt, canvas_size=canvas)
+        return rewrapped(back, like=inpt, canvas_size=canvas)
+
+
+def rewrapped(values: Tensor, like: Any, **canvas: Any) -> Any:
+    """Values as the kind of tv_tensor that `like` is."""
+    return cast(Any, tv_tensors.wrap)(values, like=like, **canvas)
 
 
 def fitted(image: Image.Image, side: int) -> tuple[np.ndarray, np.ndarray]:

@@ -262,7 +262,7 @@ def survey(points: Points) -> tuple[Points, np.ndarray]:
 
 def contained(xy: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Whether points [n, K, 2] lie in images of sizes [n, 2] (width, height)."""
-    return ((xy >= -0.5) & (xy <= sizes[:, None] - 0.5)).all(-1)
+    return np.all((xy >= -0.5) & (xy <= sizes[:, None] - 0.5), axis=-1)
 
 
 def check_order(points: Points, sizes: np.ndarray, read: np.ndarray) -> None:
@@ -279,8 +279,8 @@ def check_order(points: Points, sizes: np.ndarray, read: np.ndarray) -> None:
         x, y = points.xy[row, k]
         raise DataError(
             f"{points.images.name}: point {points.names[k]} of {points.images.ids[row]} is at x={x:g}, y={y:g}, "
-            f"outside of its {sizes[row, 0]:.0f} x {sizes[row, 1]:.0f} pixels (width x height), and so in {int(wrong.sum())} "
-            "images, but all fit as (row, column): swap the columns, x counts columns from the left"
+            f"outside of its {sizes[row, 0]:.0f} x {sizes[row, 1]:.0f} pixels (width x height), and so in "
+            f"{int(wrong.sum())} images, but all fit as (row, column): swap the columns, x counts columns from the left"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,22 +12,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from pydantic import Field, ValidationError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-from foveal.backbones.adapter import rebuild_backbone
+from foveal.backbones.adapter import normalise, rebuild_backbone
 from foveal.core import catalogue
 from foveal.core.bundle import BundleFiles
-from foveal.core.errors import BundleError, DataError
+from foveal.core.errors import BundleError, DataError, FovealError
 from foveal.core.families.dense import Dense
 from foveal.core.options import parse_options
 from foveal.core.preprocessing import Preprocessing
 from foveal.core.schema import OtherManifest, StoredBackbone
 from foveal.data.open import open_images
+from foveal.data.worlds import garbage
+from foveal.features.graph import OPSET, to_onnx
 from foveal.features.locate import locate
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
+
+
+PICTURES = 8
+TOLERANCE = 1e-3
+"""The largest difference of a map (whose peaks are 1) between ONNX Runtime and torch that is shipped."""
+
+
+class Reading(nn.Module):
+    """A network with its normalisation and its reading: squares uint8 [N, S, S, 3] -> (points, scores, maps)."""
+
+    def __init__(self, method: Dense, model: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.method, self.model, self.preprocessing = method, model, preprocessing
+
+    def forward(self, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        maps = self.model(normalise(squares, self.preprocessing))
+        return *self.method.read(maps, (self.preprocessing.size,) * 2), maps
 
 
 class LandmarkManifest(OtherManifest):
@@ -147,6 +167,47 @@ class LandmarkBundle:
             ]
             rows.append({"image": name, "width": width, "height": height, "points": points})
         return rows
+
+    def write_onnx(self, path: Path) -> dict[str, Any]:
+        """Write the network, its normalisation and its reading as ONNX, and compare it with torch on pictures.
+
+        The graph takes `squares`, uint8 RGB [N, S, S, 3] (an image whole in the middle of a black square, see
+        `foveal.data.geometry.fitted`), and gives `points` [N, K, 2] in the square's pixels, `scores` [N, K] and `maps`
+        [N, K, h, w]. Its metadata hold the points' names.
+
+        Raises:
+            FovealError: the network cannot be expressed in ONNX, or its maps differ by more than 1e-3.
+        """
+        import onnx
+        import onnxruntime
+
+        size, names = self.preprocessing.size, ["points", "scores", "maps"]
+        pictures = torch.from_numpy(garbage(PICTURES, size, seed=0))
+        module = Reading(self.method, self.model.cpu(), self.preprocessing).eval()
+        try:
+            to_onnx(module, (pictures[:2],), path, ["squares"], names, {name: {0: "N"} for name in ("squares", *names)})
+        except Exception as error:  # the exporter raises many kinds, most of them from inside a model's own code
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise FovealError(f"this network cannot be expressed in ONNX ({reason}): use the Bundle itself") from error
+        graph = onnx.load(path)
+        onnx.helper.set_model_props(graph, {"classes": json.dumps(self.names), "task": "landmarks", "size": str(size)})
+        onnx.save(graph, path)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with torch.inference_mode():
+            expected = module(pictures)[2].numpy()
+        gap = float(abs(session.run(["maps"], {"squares": pictures.numpy()})[0] - expected).max())
+        if not gap <= TOLERANCE:
+            raise FovealError(f"the exported network's maps differ from torch by {gap:.1e}: it was not kept")
+        return {
+            "opset": OPSET,
+            "bytes": path.stat().st_size,
+            "engine": f"onnxruntime {onnxruntime.__version__}",
+            "images": PICTURES,
+            "max_abs_difference": gap,
+            "compared": "a map",
+        }
 
     def say(self, rows: list[dict[str, Any]]) -> str:
         """Rows of `predict`, a line per image for people."""

@@ -18,7 +18,7 @@ from foveal.data.open import open_dataset, open_images
 from foveal.data.split import make_split
 from foveal.data.worlds import garbage
 from foveal.features.session import cpu_threads
-from foveal.ship.bundle import Bundle, load_classifier
+from foveal.ship.bundle import Bundle, load, load_classifier
 from foveal.ship.export import export_onnx
 from foveal.ship.hub import own_copy
 from foveal.ship.quantize import quantize
@@ -38,18 +38,22 @@ def export_bundle(path: Path, images: Path | None, progress: Progress) -> dict[s
         UsageError: no images to check parity on.
         FovealError: the exported model does not answer as the torch model.
     """
-    bundle = load_classifier(own_copy(path, progress))
-    pictures = parity_images(bundle, images)
+    bundle: Any = load(own_copy(path, progress))
     target = bundle.path / "model.onnx"
     with atomic_file(target) as staging:
-        record = export_onnx(
-            bundle.model,
-            bundle.preprocessing,
-            staging,
-            images=pictures,
-            classes=bundle.classes,
-            threshold=bundle.threshold,
-        )
+        if isinstance(bundle, Bundle):
+            record = export_onnx(
+                bundle.model,
+                bundle.preprocessing,
+                staging,
+                images=parity_images(bundle, images),
+                classes=bundle.classes,
+                threshold=bundle.threshold,
+            )
+        elif hasattr(bundle, "write_onnx"):
+            record = bundle.write_onnx(staging)
+        else:
+            raise UsageError(f"Bundles for {bundle.manifest['task']} are not exported yet: use the Bundle itself")
     record["path"] = str(target)
     with atomic_file(bundle.path / "cost.json") as staging:
         write_json(staging, {**bundle.cost, "onnx": {key: value for key, value in record.items() if key != "path"}})

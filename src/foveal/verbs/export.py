@@ -49,7 +49,7 @@ def text(made: dict[str, Any]) -> str:
     from foveal.verbs._results import table
 
     parity = (
-        f"{made['path']}: largest difference of a probability from torch "
+        f"{made['path']}: largest difference of {made.get('compared', 'a probability')} from torch "
         f"{made['max_abs_difference']:.1e} over {made['images']} images"
     )
     if "variants" not in made:

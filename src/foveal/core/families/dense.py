@@ -42,9 +42,13 @@ class Dense(Trained):
         """Maps [B, K, h, w] -> points [B, K, 2] in cells of the maps, and how sure each is [B, K], in 0..1."""
         raise UsageError(f"{self.name} reads no points")
 
+    def read(self, maps: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Maps [B, K, h, w] of images of `size` (height, width) -> points [B, K, 2] in their pixels, and how sure each
+        is [B, K]."""
+        cells, sure = self.decode(maps)
+        stride = cells.new_tensor([int(size[axis]) / int(maps.shape[2 + axis]) for axis in (1, 0)])
+        return (cells + 0.5) * stride - 0.5, sure
+
     def locate(self, model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images [B, 3, S, S] -> points [B, K, 2] in their pixels, and how sure each is [B, K]."""
-        maps = model(images)
-        cells, sure = self.decode(maps)
-        stride = cells.new_tensor([images.shape[-1] / maps.shape[-1], images.shape[-2] / maps.shape[-2]])
-        return (cells + 0.5) * stride - 0.5, sure
+        return self.read(model(images), (images.shape[-2], images.shape[-1]))

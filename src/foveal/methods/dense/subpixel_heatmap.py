@@ -73,7 +73,7 @@ def decode(
         UsageError: a window that is even, or larger than the map.
     """
     check_window(window)
-    h, w = maps.shape[-2:]
+    h, w = (int(length) for length in maps.shape[-2:])
     if window > max(h, w):
         raise UsageError(f"a window of {window} cells is larger than the map ({h} x {w}): choose a smaller window")
     flat = maps.flatten(-2)
@@ -123,9 +123,9 @@ class Locator(nn.Module):
         super().__init__()
         self.backbone, self.frozen = backbone, frozen
         size = backbone.preprocessing.size
-        self.size = (max(1, round(size / STRIDE)),) * 2
-        shapes = [tuple(each.shape[1:]) for each in blank_maps(backbone, size)]
-        self.upsample = Upsample(shapes, self.size, outputs)
+        side = max(1, round(size / STRIDE))
+        self.size = side, side
+        self.upsample = Upsample([shape_of(each) for each in blank_maps(backbone, size)], self.size, outputs)
         if frozen:
             backbone.requires_grad_(False)
             self.train(self.training)
@@ -138,6 +138,11 @@ class Locator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.upsample([each for each, _ in self.backbone.feature_map(images)])
+
+
+def shape_of(map: Tensor) -> tuple[int, int, int]:
+    _, channels, height, width = map.shape
+    return channels, height, width
 
 
 @torch.no_grad()
