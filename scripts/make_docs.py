@@ -25,17 +25,32 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 FAMILIES = ("cnn", "vit", "windowed", "hybrid")
 COMMANDS = {
+    "accelerate": "foveal shrink BUNDLE",
     "adapt": "foveal fit DATA",
+    "continual": "foveal update BUNDLE NEWDATA",
     "curate": "foveal curate DATA",
+    "dense": "foveal fit DATA --task landmarks",
+    "distill": "foveal distill TEACHER DATA",
     "explain": "foveal explain BUNDLE IMAGES",
     "retrieve": "foveal index DATA",
+    "robust": "foveal audit BUNDLE DATA",
 }
 WORKS = {
+    "accelerate": "the weights stay as they are and the multiply-accumulates fall; rebuilt from its plan and exported to "
+    "ONNX, it answers the same; tokens that left give the others what masked ones would",
     "adapt": "the same seed gives the same model; saved, loaded, resumed and exported to ONNX, it answers the same",
+    "continual": "grown, saved, loaded, resumed and exported to ONNX, it answers the same; the old model is as before, "
+    "and old answers are equal bit by bit until training, or for good where that is promised",
     "curate": "the same images give the same selection; every image dropped has one that stays, of its own group; "
     "a share that is asked for is met or refused",
+    "dense": "the same seed gives the same network; saved, loaded and exported to ONNX, it finds the same points, whatever "
+    "other images come with them",
+    "distill": "the teacher is as before, bit by bit; the same seed gives the same student; saved, loaded, resumed and "
+    "exported to ONNX, it answers the same",
     "explain": "the same seed gives the same map, whatever other images come with it, in memory that does not grow "
     "with their number; nothing is left on the model, also after a crash",
+    "robust": "the network is as before, bit by bit; the same seed gives the same attack, also after a kill; it stays "
+    "within its budget, on any image",
 }
 """Of each family: the command that takes `--method`, and what its contract battery means by *works*."""
 CAPABILITIES: dict[str, dict[str, str]] = json.loads(

@@ -19,7 +19,17 @@ READING = (
     ("Architectures", "architectures"),
     (
         "Living with a model",
-        ("bundle.md", "explain.md", "export.md", "serve.md", "share.md", "scale.md", "security.md"),
+        (
+            "bundle.md",
+            "explain.md",
+            "audit.md",
+            "update.md",
+            "export.md",
+            "serve.md",
+            "share.md",
+            "scale.md",
+            "security.md",
+        ),
     ),
     ("Benchmarks", "benchmarks.md"),
     ("Add a method in 20 minutes", "add-a-method.md"),

@@ -19,7 +19,7 @@ from foveal.core.errors import BundleError, DataError, UsageError
 from foveal.data.images import to_pixels
 from foveal.data.memory import read_exemplars
 
-LIGHT = "dytox:epochs=4,balance=2,width=32,lr=0.003"
+LIGHT = "dytox:epochs=20,balance=5,width=32,lr=0.003,batch_size=8"
 
 
 @pytest.fixture(scope="module")

@@ -242,10 +242,10 @@ class Options:
     width: int = option(192, "width of a decoder, a multiple of 32 (the paper's: 384)", ge=32, le=1024, multiple_of=32)
     distil: float = option(1.0, "weight of the distillation, times C_old / C (shared=learn)", ge=0, le=1000)
     divergence: float = option(0.1, "weight of telling new classes from any old one", ge=0, le=1000)
-    epochs: int = option(20, "passes over new images and memory", ge=1, le=10_000)
-    balance: int = option(10, "passes over equally many images of each class, at a tenth of the rate", ge=0, le=10_000)
+    epochs: int = option(60, "passes over new images and memory (the paper's: 500)", ge=1, le=10_000)
+    balance: int = option(20, "passes over equally many images of each class, at a tenth of the rate", ge=0, le=10_000)
     lr: float = option(1e-3, "learning rate", gt=0, le=1)
-    batch_size: int = option(64, "images per step", ge=2, le=65536)
+    batch_size: int = option(32, "images per step", ge=2, le=65536)
     augment: Literal["none", "light", "strong"] = option("light", "random crops and mirror images (shared=learn)")
 
 

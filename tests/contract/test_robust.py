@@ -1,0 +1,158 @@
+"""The contract of every robust method that the catalogue finds, on a CNN, a plain ViT, a windowed ViT and a hybrid.
+
+Either the whole contract holds, or the method refuses the network with a clear message.
+"""
+
+import copy
+import dataclasses
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from tests.contract.capabilities import FAMILIES, as_documented, hooks
+from torch import Tensor, nn
+
+from foveal.backbones.adapter import Backbone, Plan, build, load_backbone
+from foveal.backbones.pair import state_hash
+from foveal.backbones.wrapper import Encoder
+from foveal.core import catalogue
+from foveal.core.errors import BackboneError, UsageError
+from foveal.core.families.robust import Perturbation, Robust
+from foveal.core.method import Classifier
+from foveal.core.preprocessing import Preprocessing
+from foveal.data.dataset import Dataset, Memory
+from foveal.data.worlds import garbage
+from foveal.features.graph import to_onnx
+from foveal.train.loop import train
+from foveal.train.unlabelled import UnitImages
+
+SIZE, IMAGES = 64, 8
+METHODS = catalogue.names("robust")
+LIGHT = {"candidates": 4, "width": 2, "steps": 2}
+"""Options that set how much work is done, where a method has one of the name."""
+
+
+def light(name: str) -> Robust:
+    fields = {field.name for field in dataclasses.fields(catalogue.get(name).Options)}
+    method = catalogue.create(name, **{key: value for key, value in LIGHT.items() if key in fields})
+    assert isinstance(method, Robust)
+    return method
+
+
+def classifier(family: str) -> tuple[Classifier, Preprocessing]:
+    torch.manual_seed(0)
+    if family == "windowed":
+        args = {"img_size": SIZE, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
+        plan = Plan(
+            "swin", "swin_tiny_patch4_window7_224", args, Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3), 32, "random"
+        )
+        backbone = Backbone(plan, build(plan))
+    else:
+        name = {"cnn": "test_efficientnet", "vit": "test_vit", "hybrid": "test_coatnet"}[family]
+        backbone = load_backbone(name, pretrained=False, size=SIZE)
+    return Classifier(backbone, nn.Linear(backbone.width, 3)).eval(), backbone.preprocessing
+
+
+def images() -> Dataset:
+    encoded: list[bytes] = []
+    for picture in garbage(IMAGES, SIZE, 1):
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    ids = [f"{index}.png" for index in range(IMAGES)]
+    return Dataset("pictures", ids, np.zeros(IMAGES, np.int64), ("a",), "single-label", None, Memory(encoded))
+
+
+DATA = images()
+
+
+def learnt(name: str, encoder: Encoder, p: Preprocessing, work: Path, stop_after: int | None = None) -> Perturbation:
+    """What `audit` does with a method; `stop_after` steps it is cut off as by a kill."""
+
+    def cut(event: dict[str, Any]) -> None:
+        if event.get("event") == "step" and event["step"] == stop_after:
+            raise KeyboardInterrupt
+
+    method = light(name)
+    torch.manual_seed(3)
+    recipe = dataclasses.replace(method.recipe(), epochs=2, batch_size=4)
+    return train(
+        method, method.attack(encoder, SIZE), UnitImages(DATA, np.arange(IMAGES), p), 3,
+        recipe=recipe, device="cpu", work=work, on_event=cut,
+    ).model  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", METHODS)
+def test_contract(name: str, family: str, tmp_path: Path):
+    module, p = classifier(family)
+    before, flags = copy.deepcopy(module.state_dict()), [each.requires_grad for each in module.parameters()]
+    encoder = Encoder(module, p)
+    hashed = state_hash(encoder)
+    try:
+        made = learnt(name, encoder, p, tmp_path / "work")
+    except (BackboneError, UsageError) as refusal:
+        assert len(str(refusal)) > 30, f"refusal says too little: {refusal}"
+        as_documented(name, family, "refuses")
+        return
+    assert isinstance(made, Perturbation)
+    assert state_hash(encoder) == hashed, "the encoder changed"
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    assert [each.requires_grad for each in module.parameters()] == flags
+    assert all(each.grad is None for each in [*module.parameters(), *encoder.parameters()])
+    assert hooks(module) == hooks(encoder) == 0
+
+    again = learnt(name, encoder, p, tmp_path / "again")
+    assert torch.equal(made.delta, again.delta), "the same seed gave another attack"
+    with pytest.raises(KeyboardInterrupt):
+        learnt(name, encoder, p, tmp_path / "cut", stop_after=3)
+    assert torch.equal(learnt(name, encoder, p, tmp_path / "cut").delta, made.delta), "resumed, it ended elsewhere"
+
+    x = torch.rand(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    kept = x.clone()
+    attacked = made(x)
+    assert torch.equal(x, kept)
+    assert float(attacked.min()) >= 0
+    assert float(attacked.max()) <= 1
+    if not made.patch:
+        assert float((attacked - x).abs().max()) <= float(made.budget) + 1e-6
+    assert made.delta.abs().max() > 0
+    assert torch.equal(attacked[:1], made(x[:1])), "images see each other"
+    check_saved(made, x, attacked, tmp_path)
+    as_documented(name, family, "works")
+
+
+def check_saved(made: Perturbation, x: Tensor, attacked: Tensor, folder: Path) -> None:
+    """Its state alone rebuilds it, and its ONNX form answers the same."""
+    loaded = Perturbation(torch.zeros_like(made.delta), torch.zeros_like(made.mask), 0.0)
+    loaded.load_state_dict(made.state_dict())
+    assert torch.equal(loaded(x), attacked)
+    to_onnx(made, (x,), folder / "attack.onnx", ["images"], ["attacked"], {"images": {0: "n"}, "attacked": {0: "n"}})
+    session = onnxruntime.InferenceSession(str(folder / "attack.onnx"))
+    assert np.allclose(session.run(None, {"images": x[:2].numpy()})[0], attacked[:2].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_method_does_not_do_it_says(name: str):
+    if type(light(name)).defend is Robust.defend:
+        with pytest.raises(UsageError, match=f"{name} does not defend"):
+            light(name).defend(nn.Identity())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_crash_in_the_encoder_leaves_nothing_behind(name: str, tmp_path: Path):
+    module, p = classifier("cnn")
+
+    class Breaks(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise ArithmeticError
+
+    encoder = Encoder(Breaks().eval(), p)
+    with pytest.raises(ArithmeticError):
+        learnt(name, encoder, p, tmp_path)
+    assert hooks(module) == hooks(encoder) == 0
