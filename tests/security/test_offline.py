@@ -33,6 +33,9 @@ foveal.predict(out / "b", [Path(photos)])
 foveal.evaluate(out / "b", photos, offline=True)
 foveal.export(out / "b")
 foveal.compare(photos, methods="linear", out=out / "c", offline=True)
+foveal.curate(photos, out=out / "s.parquet", offline=True)
+foveal.index(photos, out=out / "l", backbone=weights, offline=True)
+foveal.search(out / "l", image=next(Path(photos).rglob("*.jpg")), offline=True)
 for refused in (
     lambda: foveal.fit(photos, backbone="resnet18", out=out / "x", offline=True),
     lambda: foveal.fit("hub:owner/name", out=out / "x", offline=True),
