@@ -32,6 +32,7 @@ COMMANDS = {
     "dense": "foveal fit DATA --task landmarks",
     "distill": "foveal distill TEACHER DATA",
     "explain": "foveal explain BUNDLE IMAGES",
+    "language": "foveal fit PAIRS",
     "retrieve": "foveal index DATA",
     "robust": "foveal audit BUNDLE DATA",
 }
@@ -49,6 +50,8 @@ WORKS = {
     "exported to ONNX, it answers the same",
     "explain": "the same seed gives the same map, whatever other images come with it, in memory that does not grow "
     "with their number; nothing is left on the model, also after a crash",
+    "language": "the same seed gives the same towers; saved and loaded, they give the same vectors, and a classifier of "
+    "words exported to ONNX answers the same",
     "robust": "the network is as before, bit by bit; the same seed gives the same attack, also after a kill; it stays "
     "within its budget, on any image",
 }

@@ -22,6 +22,7 @@ READING = (
         (
             "bundle.md",
             "explain.md",
+            "language.md",
             "audit.md",
             "update.md",
             "export.md",

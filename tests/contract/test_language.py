@@ -1,4 +1,4 @@
-"""The contract of every language method that the catalogue finds, on a CNN, a plain ViT, a windowed ViT and a hybrid."""
+"""The contract of every language method of the catalogue, on a CNN, a plain ViT, a windowed ViT and a hybrid."""
 
 import copy
 import dataclasses
