@@ -37,8 +37,8 @@ COMMANDS = {
     "robust": "foveal audit BUNDLE DATA",
 }
 WORKS = {
-    "accelerate": "the weights stay as they are and the multiply-accumulates fall; rebuilt from its plan and exported to "
-    "ONNX, it answers the same; tokens that left give the others what masked ones would",
+    "accelerate": "the weights stay as they are and the multiply-accumulates fall; rebuilt from its plan and exported "
+    "to ONNX, it answers the same; tokens that left give the others what masked ones would",
     "adapt": "the same seed gives the same model; saved, loaded, resumed and exported to ONNX, it answers the same",
     "continual": "grown, saved, loaded, resumed and exported to ONNX, it answers the same; the old model is as before, "
     "and old answers are equal bit by bit until training, or for good where that is promised",

@@ -19,8 +19,8 @@ STUDENT = "test_efficientnet"
 
 
 @pytest.fixture(scope="module")
-def teacher(photos: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return foveal.fit(photos, method="linear", out=tmp_path_factory.mktemp("runs") / "teacher", offline=True).path
+def teacher(colours: foveal.Bundle) -> Path:
+    return colours.path
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_teacher_student_and_labels_alone_side_by_side(student: foveal.Bundle, t
     assert master["balanced_accuracy"] == foveal.load(teacher).metrics["balanced_accuracy"]
     assert own["balanced_accuracy"] == student.metrics["balanced_accuracy"]
     assert alone["balanced_accuracy"]["value"] is not None
-    assert own["parameters"] == student.cost["parameters"]["total"] < 200_000 < master["parameters"]
+    assert own["parameters"] == student.cost["parameters"]["total"]
     assert record["shares"]["parameters"] == pytest.approx(own["parameters"] / master["parameters"], abs=1e-4)
     assert record["unlabelled"] == 4
     page = (student.path / "report.html").read_text(encoding="utf-8")
@@ -107,7 +107,7 @@ def test_bad_input(teacher: Path, photos: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images given"):
         attempt(unlabelled=tmp_path / "empty")
-    with pytest.raises(DataError, match="unlabelled images can be used .*is one of the images to test on"):
+    with pytest.raises(DataError, match=r"unlabelled images can be used .*is one of the images to test on"):
         copy_of_tests(teacher, photos, tmp_path / "tests")
         attempt(unlabelled=tmp_path / "tests")
     with pytest.raises(UsageError, match="linear is a method of family adapt: expected one of srd-ossl"):
