@@ -18,7 +18,7 @@ from torch import Tensor
 
 from foveal.backbones.adapter import DEFAULT, imagenet_classifier, load_backbone
 from foveal.backbones.causal_text import CausalText
-from foveal.backbones.class_rows import fit_ridge, imagenet_names, imagenet_ridge, known_texts, ranks_of_own
+from foveal.backbones.class_rows import Ridge, fit_ridge, imagenet_names, imagenet_ridge, known_texts, ranks_of_own
 from foveal.backbones.text import TEMPLATES, embed, embed_names, sentence_encoder
 from foveal.core.seeds import derive, generator, seed_everything
 from foveal.data.captioned import WORDS, digit_pairs
@@ -67,8 +67,7 @@ PROMPTS = ("{}", "a photo of {}", "a close-up photo of {}", "a grey picture of {
 
 
 def reproduce(seed: int, tiny: bool) -> dict[str, float]:
-    values = class_rows(seed, tiny) | digit_canvases(seed, tiny)
-    return values if tiny else values | words_alone(seed)
+    return class_rows(seed, tiny) | words_alone(seed, tiny) | digit_canvases(seed, tiny)
 
 
 def class_rows(seed: int, tiny: bool) -> dict[str, float]:
@@ -97,14 +96,14 @@ def class_rows(seed: int, tiny: bool) -> dict[str, float]:
     return values
 
 
-def words_alone(seed: int) -> dict[str, float]:
+def words_alone(seed: int, tiny: bool) -> dict[str, float]:
     """Photos and sample data told apart by words, without a training image."""
-    (ridge, length), tower = imagenet_ridge(offline=True), sentence_encoder()
-    backbone = load_backbone(DEFAULT, offline=True)
+    tower = sentence_encoder()
+    ridge, length = (few_classes(), 1.0) if tiny else imagenet_ridge(offline=True)
 
     def logits(dataset: Dataset, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
         rows = length * F.normalize(ridge(embed_names(tower, labels, templates)))
-        return torch.from_numpy(extract(dataset, backbone).X[:]) @ rows.T
+        return features(dataset, tiny) @ rows.T
 
     folders = (
         Path(folder_of("skimage", "scikit-image", "photos"), "data"),
@@ -123,7 +122,9 @@ def words_alone(seed: int) -> dict[str, float]:
     }
     for name, labels in SAMPLES.items():
         dataset = open_dataset(f"sample:{name}")
-        dataset = dataset.subset(np.sort(generator(seed, "words", name).permutation(len(dataset))[:400]))
+        dataset = dataset.subset(
+            np.sort(generator(seed, "words", name).permutation(len(dataset))[: 40 if tiny else 400])
+        )
         truth = torch.from_numpy(dataset.labels)
         values[f"{name}.balanced_accuracy"] = balanced_accuracy(logits(dataset, labels), truth)
         values[f"{name}.chance"] = 1 / len(labels)
@@ -132,6 +133,21 @@ def words_alone(seed: int) -> dict[str, float]:
             values["textile.median-prompt"] = float(np.median(single))
             values["textile.ensemble"] = balanced_accuracy(logits(dataset, labels, PROMPTS), truth)
     return values
+
+
+def features(dataset: Dataset, tiny: bool) -> Tensor:
+    """Lite0's features [n, 1280]; `tiny`: as many grey pixels."""
+    if not tiny:
+        return torch.from_numpy(extract(dataset, load_backbone(DEFAULT, offline=True)).X[:])
+    grey = [dataset.image(row).convert("L").resize((32, 40)) for row in range(len(dataset))]
+    return torch.from_numpy(np.stack([np.asarray(image, np.float32).ravel() / 255 for image in grey]))
+
+
+def few_classes() -> Ridge:
+    """A ridge map of twenty classes."""
+    names, meanings = (texts[::50] for texts in imagenet_names())
+    rows = F.normalize(imagenet_classifier(DEFAULT, offline=True).head.weight.detach()[::50])
+    return fit_ridge(known_texts(sentence_encoder(), names, meanings), rows)
 
 
 def digit_canvases(seed: int, tiny: bool) -> dict[str, float]:

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from foveal.backbones.adapter import rebuild_backbone
 from foveal.backbones.causal_text import BYTES, rebuild_text
-from foveal.backbones.text import TEMPLATES, filled_in
+from foveal.backbones.text import TEMPLATES
 from foveal.backbones.towers import Towers
 from foveal.core import catalogue
 from foveal.core.bundle import BundleFiles
@@ -28,7 +27,7 @@ from foveal.core.preprocessing import Preprocessing
 from foveal.core.schema import MAX_JSON, OtherManifest, Stored, StoredBackbone
 from foveal.data.open import open_images
 from foveal.features.towers import encode_images, encode_texts
-from foveal.ship.zero_shot import ZeroShot, parse_labels
+from foveal.ship.zero_shot import ZeroShot, of_towers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -171,10 +170,7 @@ class ImageTextBundle:
             UsageError: fewer than two labels, or one twice.
             DataError: no template, or one without {}.
         """
-        names = parse_labels(labels)
-        vectors = self.embed_texts(filled_in(names, templates), device="cpu")
-        rows = F.normalize(vectors.unflatten(0, (len(names), len(templates))).mean(1))
-        return ZeroShot(self.model.cpu().classifier(rows), names)
+        return of_towers(self.model, labels, templates)
 
     def predict(
         self,

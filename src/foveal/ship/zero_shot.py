@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from foveal.backbones.adapter import DEFAULT, Backbone, load_backbone
 from foveal.backbones.class_rows import rows_for
-from foveal.backbones.text import TEMPLATES
+from foveal.backbones.text import TEMPLATES, filled_in
+from foveal.backbones.towers import Towers
 from foveal.core.errors import DataError, UsageError
 from foveal.core.method import Classifier
 from foveal.data.open import open_images
 from foveal.features.extract import extract
+from foveal.features.towers import encode_texts
 from foveal.ship.answer import answer, unreadable
 
 if TYPE_CHECKING:
@@ -87,6 +90,18 @@ def parse_labels(labels: str | Sequence[str]) -> tuple[str, ...]:
         wrong = "one is empty" if "" in found else f"'{twice}' comes twice" if twice else f"there is only '{found[0]}'"
         raise UsageError(f"labels: {wrong}: expected two or more different ones, such as 'a cat,a dog'")
     return found
+
+
+def of_towers(towers: Towers, labels: str | Sequence[str], templates: Sequence[str] = TEMPLATES) -> ZeroShot:
+    """A classifier whose classes are words: each label's prompts are averaged and made unit again.
+
+    Raises:
+        UsageError: see `parse_labels`.
+        DataError: no template, or one without {}.
+    """
+    names = parse_labels(labels)
+    texts = encode_texts(towers, filled_in(names, templates), device="cpu").unflatten(0, (len(names), len(templates)))
+    return ZeroShot(towers.cpu().classifier(F.normalize(texts.mean(1))), names)
 
 
 def zero_shot(

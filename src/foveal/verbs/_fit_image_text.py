@@ -107,7 +107,7 @@ def fit(
         "split": "test",
         "n": len(part["test"]),
         **both_ways(similarity, relevant),
-        "scale": float(result.model.scale),
+        "scale": float(result.model.scale.detach()),
         "history": result.history,
     }
     tokenizer = "" if text.tokenizer == BYTES else hashlib.sha256(text.tokenizer.encode()).hexdigest()

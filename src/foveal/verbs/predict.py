@@ -23,7 +23,8 @@ def predict(
 ) -> Result:
     """Label images; what resembles no training image is answered `unknown`.
 
-    With the word zero-shot in place of a Bundle, the labels' words alone make the classifier, on this machine.
+    With the word zero-shot in place of a Bundle, the labels' words alone make the classifier, on this machine. With
+    zero-shot:OWNER/NAME, such as openai/clip-vit-base-patch32, they do so in published CLIP weights.
 
     Example: foveal predict runs/digits photo.png --json
     """
@@ -44,11 +45,15 @@ def chosen(bundle: Path, labels: str | None, progress: Progress) -> Any:
     from foveal.core.errors import UsageError
     from foveal.ship.bundle import load
 
-    if str(bundle) == "zero-shot" and not bundle.exists():
-        from foveal.ship.zero_shot import zero_shot
+    word, _, name = str(bundle).partition(":")
+    if word == "zero-shot" and not bundle.exists():
+        from foveal.backbones.clip_weights import load_clip
+        from foveal.ship.zero_shot import of_towers, zero_shot
 
         if labels is None:
             raise UsageError("zero-shot knows no classes of its own: say them, as in --labels 'a cat,a dog'")
+        if name:
+            return of_towers(load_clip(name), labels)
         return zero_shot(labels, progress=lambda done, total: progress.update("reading names", done, total))
     opened = load(bundle)
     asks = opened.manifest["task"] == "image-text"
