@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from foveal.blocks.gated import GatedEncoder
 from foveal.core.method import Classifier
 from foveal.core.preprocessing import Preprocessing
 from foveal.core.seeds import derive, generator, seed_everything
 from foveal.data.dataset import Dataset
 from foveal.data.open import open_dataset
 from foveal.evaluate.stream import drift, summary
-from foveal.methods.continual.dytox import Dytox, Expanded, Locals, Options
+from foveal.methods.continual.dytox import Dytox, Expanded, Options
 from foveal.train.classify import predict_logits
 from foveal.train.small import shrunk
 from foveal.train.stream import learn, remembered
@@ -92,7 +93,7 @@ def reproduce(seed: int, tiny: bool) -> dict[str, float]:
 
     width, depth, epochs = (32, 1, 1) if tiny else (WIDTH, 2, EPOCHS)
     seed_everything(derive(seed, "encoder"))
-    encoder = Locals(SIZE, 4, width, depth, max(1, width // 32))
+    encoder = GatedEncoder(SIZE, 4, width, depth, max(1, width // 32))
     common = {"width": width, "objective": "sigmoid", "epochs": epochs, "augment": "none", "batch_size": 64}
     paper = {**common, "shared": "learn", "balance": max(1, epochs // 4)}
     bare = {**paper, "distil": 0.0, "divergence": 0.0, "balance": 0}
@@ -116,7 +117,7 @@ def reproduce(seed: int, tiny: bool) -> dict[str, float]:
 
 
 def frozen(
-    encoder: Locals, first: Options, later: Options, dataset: Dataset, train: np.ndarray, test: np.ndarray,
+    encoder: GatedEncoder, first: Options, later: Options, dataset: Dataset, train: np.ndarray, test: np.ndarray,
     memory: int, seed: int,
 ) -> dict[str, float]:  # fmt: skip
     """The first two digits as in the paper, the others with everything old frozen."""

@@ -3,8 +3,8 @@
 Rows: 100 of ImageNet's 1,000 classes are held out of the ridge map from names to Lite0's classifier rows, and each
 held-out name looks for its row among the 100; beside it a plain linear ridge on 'a photo of ...'. Both choose their
 strength by leaving out classes of the other 900. Photos: those that scikit-image and scikit-learn ship, each labelled
-with what it shows among the labels of all. Digits: two MLP towers learn canvases of two digits with exact captions,
-tested on other people's handwriting.
+with what it shows among the labels of all. Few-shot: whether these words raise gda-clip. Digits: two MLP towers learn
+canvases of two digits with exact captions, tested on other people's handwriting.
 """
 
 import tempfile
@@ -27,7 +27,9 @@ from foveal.data.open import open_dataset, open_images
 from foveal.data.samples import folder_of
 from foveal.evaluate.pairs import retrieval, same_text
 from foveal.features.extract import extract
+from foveal.features.small import Labelled, fitted
 from foveal.features.towers import encode_images, encode_texts
+from foveal.methods.adapt.gda_clip import GdaClip
 from foveal.methods.language.clip import Clip, Options
 from foveal.train.events import balanced_accuracy
 from foveal.train.loop import train
@@ -35,6 +37,7 @@ from foveal.train.pairs import PairFeed
 from foveal.train.small import small_vit
 
 EPOCHS = 30
+ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 PHOTOS = {
     "chelsea.png": "a cat",
     "coffee.png": "a cup of coffee",
@@ -67,7 +70,7 @@ PROMPTS = ("{}", "a photo of {}", "a close-up photo of {}", "a grey picture of {
 
 
 def reproduce(seed: int, tiny: bool) -> dict[str, float]:
-    return class_rows(seed, tiny) | words_alone(seed, tiny) | digit_canvases(seed, tiny)
+    return class_rows(seed, tiny) | words_alone(seed, tiny) | few_shot(seed, tiny) | digit_canvases(seed, tiny)
 
 
 def class_rows(seed: int, tiny: bool) -> dict[str, float]:
@@ -148,6 +151,39 @@ def few_classes() -> Ridge:
     names, meanings = (texts[::50] for texts in imagenet_names())
     rows = F.normalize(imagenet_classifier(DEFAULT, offline=True).head.weight.detach()[::50])
     return fit_ridge(known_texts(sentence_encoder(), names, meanings), rows)
+
+
+def few_shot(seed: int, tiny: bool) -> dict[str, float]:
+    """gda-clip with the words mixed in, 100 cos + alpha (x W + b), alpha or no words at all chosen on folds."""
+    tower = sentence_encoder()
+    ridge = few_classes() if tiny else imagenet_ridge(offline=True)[0]
+    scores: dict[str, list[float]] = {"few-shot.gda-clip": [], "few-shot.with-words": [], "few-shot.chose-words": []}
+    for name, labels in SAMPLES.items():
+        dataset = open_dataset(f"sample:{name}")
+        if tiny:
+            first = [np.flatnonzero(dataset.labels == label)[:8] for label in range(len(labels))]
+            dataset = dataset.subset(np.concatenate(first))
+        rows = Labelled(features(dataset, tiny), torch.from_numpy(dataset.labels), np.arange(len(dataset)))
+        words = F.normalize(ridge(embed_names(tower, labels)))
+        pool, test = rows.halves(seed)
+        for shots in (4,) if tiny else (4, 16):
+            drawn = pool.few(shots, seed)
+            place = (drawn.y == drawn.y[:, None]).tril(-1).sum(1) % 2  # two folds, each with half of every class
+            held_out = torch.zeros(len(drawn.y), len(labels))
+            for fold in (0, 1):
+                head = fitted(GdaClip(), drawn.take(np.flatnonzero(place != fold)), seed)
+                held_out[place == fold] = head(drawn.X[place == fold]).detach()
+            said = 100 * F.normalize(drawn.X) @ words.T
+            grid = {alpha: balanced_accuracy(said + alpha * held_out, drawn.y) for alpha in ALPHAS}
+            alpha = max(grid, key=lambda each: grid[each])
+            chose = grid[alpha] > balanced_accuracy(held_out, drawn.y)
+            head = fitted(GdaClip(), drawn, seed)
+            plain = head(test.X).detach()
+            mixed = 100 * F.normalize(test.X) @ words.T + alpha * plain if chose else plain
+            scores["few-shot.gda-clip"].append(balanced_accuracy(plain, test.y))
+            scores["few-shot.with-words"].append(balanced_accuracy(mixed, test.y))
+            scores["few-shot.chose-words"].append(float(chose))
+    return {name: float(np.mean(values)) for name, values in scores.items()}
 
 
 def digit_canvases(seed: int, tiny: bool) -> dict[str, float]:

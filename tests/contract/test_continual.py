@@ -109,7 +109,7 @@ def test_contract(name: str, family: str, tmp_path: Path):
         assert torch.equal(grown.eval()(x)[:, :OLD], logits), "growing moved the old answers"
         assert grown(x).shape == (IMAGES, OLD + NEW)
 
-    made = make(name, old, p, tmp_path / "work")
+    made, again = (make(name, old, p, tmp_path / place) for place in ("work", "again"))
     assert all(torch.equal(value, before[key]) for key, value in old.state_dict().items()), "the old model changed"
     assert [each.requires_grad for each in old.parameters()] == flags
     assert hooks(old) == hooks(made) == 0
@@ -122,7 +122,6 @@ def test_contract(name: str, family: str, tmp_path: Path):
         if method.given(grown, x[:1]) is not None:
             assert torch.equal(answers[:, :OLD], logits), "a method that freezes what is old moved it"
 
-        again = make(name, old, p, tmp_path / "again")
         assert torch.equal(again(x), answers), "the same seed gave another result"
         plan = json.loads(json.dumps(method.plan(old, grown)))
         assert method.added(plan) == NEW

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from foveal.blocks.gated import GatedEncoder
 from foveal.core.errors import BundleError, UsageError
 from foveal.core.preprocessing import Preprocessing
 from foveal.data.dataset import Dataset, Memory
@@ -13,7 +14,7 @@ from foveal.data.join import join
 from foveal.data.memory import Exemplars, read_exemplars, write_exemplars
 from foveal.data.samples import png
 from foveal.evaluate.stream import drift, kept_and_learnt, summary
-from foveal.methods.continual.dytox import Dytox, Locals, Options
+from foveal.methods.continual.dytox import Dytox, Options
 from foveal.train.stream import balanced, both, herd, learn, remembered
 
 SIZE = 8
@@ -82,7 +83,7 @@ def test_an_update_trains_in_stages_and_moves_old_answers_only_where_it_may(shar
         Options(shared=shared, width=32, epochs=3, balance=1, batch_size=8, lr=0.01, augment="none")  # type: ignore[arg-type]
     )
     torch.manual_seed(0)
-    first = method.first(Locals(SIZE, 4, 32, 1, 1), 2)
+    first = method.first(GatedEncoder(SIZE, 4, 32, 1, 1), 2)
     start = Dytox(Options(shared="learn", width=32, epochs=3, batch_size=8, augment="none"))
     old_rows = np.flatnonzero(data.labels < 2)
     old, history = learn(

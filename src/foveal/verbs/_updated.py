@@ -32,7 +32,7 @@ from foveal.train.events import Event, TrainResult
 from foveal.train.stream import both, learn, remembered
 from foveal.verbs._adapt import Adapted, judged, report_event
 from foveal.verbs._known import check_knows, own_split
-from foveal.verbs._prepare import Prepared, check_choices, prepare
+from foveal.verbs._prepare import Prepared, check_choices, prepare, source_of
 from foveal.verbs._write import finished, write_bundle
 
 HELD = 4
@@ -90,7 +90,7 @@ def update_bundle(
     plan = method.plan(parent, grown)
 
     known = old_images(bundle, old, memory, offline=offline, device=device, progress=progress)
-    prepared = joined(bundle, known, new, seed, device=device, progress=progress)
+    prepared = replace(joined(bundle, known, new, seed, device=device, progress=progress), source=source_of(data))
     splits = prepared.splits(seed)
     dataset, train = prepared.dataset, np.flatnonzero(splits == "train")
     work = out.with_name(out.name + ".work")

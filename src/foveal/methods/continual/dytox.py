@@ -4,17 +4,16 @@ A decoder reads the patch tokens or map cells X of an image once for every token
 
     e_i = TAB(theta_i, [theta_i ; X]),    logits = [head_1(e_1) ; ... ; head_t(e_t)],
 
-so the heads do not share what they read, and no task number is asked for. Old tokens and heads are frozen; what all
-share is held by distillation from the model before and by a memory of old images:
-(1 - a) L_class + a L_kd + lambda L_div, a = C_old / C, with a throw-away head that tells new classes from 'any old'.
-Then everything but the encoder learns a little more on equally many images of each class.
+and no task number is asked for. Old tokens and heads are frozen; what all share is held by a memory of old images and
+(1 - a) L_class + a L_kd + lambda L_div, a = C_old / C: distillation from the model before, and a throw-away head that
+tells new classes from 'any old'. Then all but the encoder learns on equally many images of each class.
 
 It needs labels, some images of the old classes, and a last map or patch tokens. `shared=learn` is the paper: encoder
-and decoder go on learning, and old answers move. The default, `shared=frozen`, is ours: the encoder stays, and each
-update has a decoder of its own, so the logits of earlier classes cannot move by a bit; it is also how a Bundle that
-was fitted by another method learns new classes, its head staying as it is. `objective=softmax` is ours too, since such
-heads were trained that way; the paper's is `sigmoid`. The width and the recipe are made for hundreds of images. MixUp
-(DyTox+) and SAM (DyTox++) are left out. `Locals` is the paper's encoder, of timm's ConViT blocks.
+and decoder go on learning, and old answers move. The default, `shared=frozen`, is ours: the encoder stays and each
+update has a decoder of its own, so earlier logits cannot move by a bit; so do Bundles of other methods learn new
+classes, their head as it is. `objective=softmax` is ours too, as such heads were trained that way (the paper's:
+`sigmoid`). Width and recipe are made for hundreds of images; MixUp (DyTox+) and SAM (DyTox++) are left out.
+The paper's encoder is `foveal.blocks.gated.GatedEncoder`.
 
 When not to use it: when all old images are at hand, fit anew on everything; with `shared=frozen`, when the new classes
 look like nothing the backbone can tell apart.
@@ -32,6 +31,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from foveal.blocks.gated import shared_by
 from foveal.core.errors import UsageError
 from foveal.core.families.continual import Continual, Stage
 from foveal.core.method import Classifier, Recipe, Spec, method
@@ -63,9 +63,7 @@ class TaskAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        if width % heads:
-            raise UsageError(f"width {width} cannot be shared by {heads} attention heads: choose a multiple")
-        self.heads = heads
+        self.heads = shared_by(width, heads)
         self.norm, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.q, self.k, self.v = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.proj = nn.Linear(width, width)
@@ -165,37 +163,9 @@ class Expanded(Classifier):
         return torch.cat(parts, 1)
 
 
-class Locals(nn.Module):
-    """The paper's encoder: images [B, 3, S, S] -> patch tokens, through blocks of gated positional self-attention."""
-
-    def __init__(self, size: int = 32, patch: int = 4, width: int = 384, depth: int = 5, heads: int = 12) -> None:
-        from timm.models.convit import Block
-
-        super().__init__()
-        if size % patch:
-            raise UsageError(f"images of {size} pixels do not cut into patches of {patch}: the grid must be square")
-        if width % heads:
-            raise UsageError(f"width {width} cannot be shared by {heads} attention heads: choose a multiple")
-        self.width = self.cell_width = width
-        self.patches = nn.Conv2d(3, width, patch, patch)
-        self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, (size // patch) ** 2, width), std=0.02))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            block.attn.local_init()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-
-    def features_and_cells(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean of the patch tokens [B, D], and the tokens [B, n, D]."""
-        if images.shape[-2] != images.shape[-1]:
-            raise UsageError(f"images of {images.shape[-2]} x {images.shape[-1]} pixels: the grid must be square")
-        cells = self.patches(images).flatten(2).mT + self.positions
-        for block in self.blocks:
-            cells = block(cells)
-        return cells.mean(1), cells
+def newest(model: Any) -> int:
+    """How many classes came last."""
+    return model.head.tasks[-1][1].out_features
 
 
 class Learner(nn.Module):
@@ -205,14 +175,14 @@ class Learner(nn.Module):
         super().__init__()
         self.model = model
         self.teacher = teacher
-        self.still = list(still)  # parts of the model, which it registers itself
-        joint: Any = model.head
-        width, classes = joint.widths[-1], joint.tasks[-1][1].out_features
-        self.divergence = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes + 1)) if diverge else None
+        self.still = [*still, *([teacher] if teacher else [])]  # a plain list: the model registers its parts itself
+        self.last: int = model.head.widths[-1]  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue]
+        odd = nn.Sequential(nn.LayerNorm(self.last), nn.Linear(self.last, newest(model) + 1))
+        self.divergence = odd if diverge else None
 
     def train(self, mode: bool = True) -> Learner:
         super().train(mode)
-        for each in (*self.still, *([self.teacher] if self.teacher else [])):
+        for each in self.still:
             each.eval()
         return self
 
@@ -228,8 +198,7 @@ class Learner(nn.Module):
             with torch.no_grad():
                 found["teacher"] = self.teacher(batch["images"])
         if self.divergence is not None:
-            joint: Any = self.model.head
-            found["divergence"] = self.divergence(features[:, -joint.widths[-1] :])
+            found["divergence"] = self.divergence(features[:, -self.last :])
         return found
 
 
@@ -261,7 +230,7 @@ class Options:
 )
 class Dytox(Continual):
     def first(self, encoder: Any, classes: int) -> Expanded:
-        """A model of its first classes on an encoder that learns with it, such as `Locals`."""
+        """A model of its first classes on an encoder that learns with it, such as `GatedEncoder`."""
         model = Expanded(encoder, None)
         model.add(classes, encoder.cell_width, fresh=True)
         return model
@@ -309,15 +278,10 @@ class Dytox(Continual):
             trained += [*grown.backbone.parameters()]
         for parameter in trained:
             parameter.requires_grad_(True)
-        teacher = None
-        if moving and old is not None and chosen.distil:
-            teacher = copy.deepcopy(old).requires_grad_(False).eval()
-        return Learner(
-            grown,
-            teacher,
-            [] if moving else [grown.backbone],
-            diverge=old is not None and not stage.balanced and chosen.divergence > 0,
-        )
+        distils = old if moving and chosen.distil else None
+        teacher = copy.deepcopy(distils).requires_grad_(False).eval() if distils else None
+        diverge = old is not None and not stage.balanced and chosen.divergence > 0
+        return Learner(grown, teacher, [] if moving else [grown.backbone], diverge)
 
     @torch.no_grad()
     def given(self, grown: Any, images: Tensor) -> Mapping[str, Tensor] | None:
@@ -334,7 +298,7 @@ class Dytox(Continual):
         found = model(batch)
         logits, labels = found["logits"], batch["labels"]
         learner = getattr(model, "module", model)
-        new = learner.model.head.tasks[-1][1].out_features
+        new = newest(learner.model)
         share = (logits.shape[1] - new) / logits.shape[1]
         parts = {"class": either(logits.float(), labels, chosen.objective)}
         total = parts["class"]
@@ -351,7 +315,7 @@ class Dytox(Continual):
         return model.model.requires_grad_(False)
 
     def plan(self, old: Classifier, grown: Any) -> dict[str, Any]:
-        return {"classes": grown.head.tasks[-1][1].out_features}
+        return {"classes": newest(grown)}
 
     def added(self, plan: Mapping[str, Any]) -> int:
         classes = plan.get("classes")
