@@ -29,6 +29,7 @@ def evaluate(
     from foveal.data.open import open_dataset
     from foveal.evaluate.metrics import measure
     from foveal.ship.bundle import load_classifier
+    from foveal.verbs._known import check_knows
 
     progress = progress or Progress()
     model = load_classifier(bundle, offline=offline)
@@ -41,14 +42,7 @@ def evaluate(
         dataset = dataset.subset(np.flatnonzero(dataset.splits == split))
         if len(dataset) == 0:
             raise UsageError(f"--split {split}: {dataset.name} has no image in it")
-    if dataset.task != model.task:
-        raise DataError(f"{dataset.name} is {dataset.task}, the Bundle {bundle} is {model.task}: use data of its task")
-    unknown = sorted(set(dataset.classes) - set(model.classes))
-    if unknown:
-        raise DataError(
-            f"{dataset.name} has classes the Bundle does not know ({', '.join(unknown)}); it knows "
-            f"{', '.join(model.classes)}: rename or drop them"
-        )
+    check_knows(model, dataset)
     probabilities, scores, errors = model.infer(
         dataset, device=device, progress=lambda done, total: progress.update("predicting", done, total)
     )
