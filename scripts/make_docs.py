@@ -32,7 +32,9 @@ COMMANDS = {
     "dense": "foveal fit DATA --task landmarks",
     "distill": "foveal distill TEACHER DATA",
     "explain": "foveal explain BUNDLE IMAGES",
+    "generate": "foveal edit IMAGE --to TEXT",
     "language": "foveal fit PAIRS",
+    "pretrain": "foveal pretrain DATA",
     "retrieve": "foveal index DATA",
     "robust": "foveal audit BUNDLE DATA",
 }
@@ -52,6 +54,8 @@ WORKS = {
     "with their number; nothing is left on the model, also after a crash",
     "language": "the same seed gives the same towers; saved and loaded, they give the same vectors, and a classifier of "
     "words exported to ONNX answers the same",
+    "pretrain": "the same seed gives the same weights, also after a kill; they load strictly into the plain network, and "
+    "nothing is left on it, also after a crash",
     "robust": "the network is as before, bit by bit; the same seed gives the same attack, also after a kill; it stays "
     "within its budget, on any image",
 }

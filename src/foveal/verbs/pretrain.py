@@ -32,7 +32,7 @@ def pretrain(
     Stopped or killed, the same command with the same --out goes on where it was. Under torchrun or accelerate launch
     the processes train together and the first writes.
 
-    Example: foveal pretrain sample:digits --method spark:epochs=1 --backbone test_resnet --scratch --size 64
+    Example: foveal pretrain sample:elpv --method spark:decoder_width=64 --size 96 --budget 10m --out weights
     """
     import shutil
     import time
@@ -63,7 +63,7 @@ def pretrain(
     check_choices(device=device)
     chosen = catalogue.create(method)
     if not isinstance(chosen, Pretrain):
-        raise UsageError(f"{chosen.name} is a {chosen.spec.family} method: pretrain takes pretrain methods")
+        raise UsageError(f"{chosen.name} is of the family {chosen.spec.family}: pretrain takes pretrain methods")
     out = Path(out) if out else default_out(data, method)
     request = {
         "data": source_of(data), "method": method, "backbone": backbone, "scratch": scratch, "size": size, "seed": seed,

@@ -75,6 +75,17 @@ def hidden_mean(errors: Float[Tensor, "B n p"], active: Bool[Tensor, "B 1 f g"])
     return errors.mean(2)[~active.flatten(1)].mean()
 
 
+def begin_blank(module: nn.Module) -> None:
+    """The authors' initial weights: so small that the first pictures are nearly blank."""
+    for each in module.modules():
+        if isinstance(each, nn.Conv2d):
+            nn.init.trunc_normal_(each.weight, std=0.02)
+        elif isinstance(each, nn.ConvTranspose2d):
+            nn.init.kaiming_normal_(each.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(each, nn.Conv2d | nn.ConvTranspose2d) and each.bias is not None:
+            nn.init.zeros_(each.bias)
+
+
 class Densify(nn.Module):
     """Map of one stage, zero where masked -> norm, a learnt token where masked, convolution to the decoder's width."""
 
@@ -87,6 +98,7 @@ class Densify(nn.Module):
         same = deepest and channels == width
         size = 1 if deepest else 3
         self.project = nn.Identity() if same else nn.Conv2d(channels, width, size, padding=size // 2)
+        begin_blank(self.project)
 
     def forward(self, maps: Float[Tensor, "B C h w"], active: Bool[Tensor, "B 1 f g"]) -> Float[Tensor, "B D h w"]:
         with masked(self.norm, active):
@@ -116,6 +128,7 @@ class Decoder(nn.Module):
         widths = [width >> j for j in range(stride.bit_length())]
         self.ups = nn.ModuleList(Up(*pair) for pair in itertools.pairwise(widths))
         self.paint = nn.Conv2d(widths[-1], 3, 1)
+        begin_blank(self)
 
     def forward(self, maps: Sequence[Tensor]) -> Float[Tensor, "B 3 H W"]:
         x: Tensor | int = 0
