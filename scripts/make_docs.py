@@ -46,8 +46,8 @@ WORKS = {
     "and old answers are equal bit by bit until training, or for good where that is promised",
     "curate": "the same images give the same selection; every image dropped has one that stays, of its own group; "
     "a share that is asked for is met or refused",
-    "dense": "the same seed gives the same network; saved, loaded and exported to ONNX, it finds the same points, whatever "
-    "other images come with them",
+    "dense": "the same seed gives the same network; saved, loaded and exported to ONNX, it finds the same points, "
+    "whatever other images come with them",
     "distill": "the teacher is as before, bit by bit; the same seed gives the same student; saved, loaded, resumed and "
     "exported to ONNX, it answers the same",
     "explain": "the same seed gives the same map, whatever other images come with it, in memory that does not grow "

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from foveal.verbs.compare import compare
     from foveal.verbs.curate import curate
     from foveal.verbs.distill import distill
+    from foveal.verbs.edit import edit
     from foveal.verbs.embed import embed
     from foveal.verbs.evaluate import evaluate
     from foveal.verbs.explain import explain
@@ -43,6 +44,7 @@ VERBS = (
     "predict",
     "evaluate",
     "explain",
+    "edit",
     "audit",
     "check",
     "curate",
@@ -67,6 +69,7 @@ __all__ = [
     "compare",
     "curate",
     "distill",
+    "edit",
     "embed",
     "evaluate",
     "explain",

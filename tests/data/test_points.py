@@ -96,10 +96,10 @@ def test_tables_that_cannot_be_used(table, header: str, line: str, message: str)
 
 
 def test_files_that_are_no_tables(tmp_path: Path):
-    with pytest.raises(DataError, match="is not a file: landmarks come as a .csv or .parquet table"):
+    with pytest.raises(DataError, match=r"is not a file: landmarks come as a .csv or .parquet table"):
         open_points(tmp_path)
     (tmp_path / "points.txt").write_text("image")
-    with pytest.raises(DataError, match="neither .csv nor .parquet"):
+    with pytest.raises(DataError, match=r"neither .csv nor .parquet"):
         open_points(tmp_path / "points.txt")
     (tmp_path / "none.csv").write_text("image,x1,y1\nmissing.png,1,2\n")
     with pytest.raises(DataError, match="none of its 1 images exist"):

@@ -84,7 +84,9 @@ def command(verb: Callable[..., Any]) -> Callable[..., None]:
 
 
 def short(name: str) -> tuple[str, ...]:
-    """A name of one letter is an option of one dash: `-k`."""
+    """A name of one letter is an option of one dash: `-k`. One that ends in a line is a word of Python: `--from`."""
+    if name.endswith("_"):
+        return (f"--{name[:-1]}",)
     return (f"-{name}",) if len(name) == 1 else ()
 
 
