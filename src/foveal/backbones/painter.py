@@ -283,5 +283,5 @@ def cached(name: str) -> Path:
     except Exception:  # the Hub client raises its own, its transport's and the system's errors
         raise BackboneError(
             f"no diffusion model '{name}' on this machine, and foveal downloads none unasked: give a folder of "
-            f"diffusers (model_index.json) or of foveal (painter.json), or fetch it once: huggingface-cli download {name}"
+            f"diffusers (model_index.json) or of foveal (painter.json), or fetch it: huggingface-cli download {name}"
         ) from None
