@@ -10,6 +10,7 @@ canvases of two digits with exact captions, tested on other people's handwriting
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ def reproduce(seed: int, tiny: bool) -> dict[str, float]:
 def class_rows(seed: int, tiny: bool) -> dict[str, float]:
     """Retrieval of the classifier rows of held-out classes by their names."""
     names, meanings = imagenet_names()
-    rows = F.normalize(imagenet_classifier(DEFAULT, offline=True).head.weight.detach())
+    rows = F.normalize(cast(Tensor, imagenet_classifier(DEFAULT, offline=True).head.weight).detach())
     count, held = (40, 10) if tiny else (1000, 100)
     order = torch.from_numpy(generator(seed, "held-out classes").permutation(1000)[:count])
     names, meanings, rows = [names[k] for k in order], [meanings[k] for k in order], rows[order]
@@ -149,7 +150,7 @@ def features(dataset: Dataset, tiny: bool) -> Tensor:
 def few_classes() -> Ridge:
     """A ridge map of twenty classes."""
     names, meanings = (texts[::50] for texts in imagenet_names())
-    rows = F.normalize(imagenet_classifier(DEFAULT, offline=True).head.weight.detach()[::50])
+    rows = F.normalize(cast(Tensor, imagenet_classifier(DEFAULT, offline=True).head.weight).detach()[::50])
     return fit_ridge(known_texts(sentence_encoder(), names, meanings), rows)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,7 @@ def ranks_of_own(predicted: Tensor, rows: Tensor) -> Tensor:
 
 def imagenet_names() -> tuple[list[str], list[str]]:
     """Of each of the 1,000 classes, in the order of the classifier: its names ('tench, Tinca tinca'), its meaning."""
-    from timm.data import ImageNetInfo
+    from timm.data.imagenet_info import ImageNetInfo
 
     info = ImageNetInfo()
     full = info.label_descriptions(detailed=True)
@@ -125,7 +126,7 @@ def imagenet_ridge(
         BackboneError: the network has no ImageNet classifier of one linear layer.
         MissingExtra: the sentence encoder is not installed.
     """
-    W = imagenet_classifier(backbone, offline=offline).head.weight.detach()
+    W = cast(Tensor, imagenet_classifier(backbone, offline=offline).head.weight).detach()
     if len(W) != CLASSES:
         raise BackboneError(f"the classifier of {backbone} has {len(W)} classes: expected the 1,000 of ImageNet")
     ridge = fit_ridge(known_texts(sentence_encoder(), *imagenet_names(), progress), F.normalize(W))

@@ -308,11 +308,17 @@ class Kept:
 
     def read(self, texts: Sequence[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        with suppress(sqlite3.Error, OSError), closing(self.connect()) as opened:
-            for text in texts:
-                row = opened.execute("SELECT vector FROM vectors WHERE text = ?", (text,)).fetchone()
-                if row and len(row[0]) == 4 * self.width:
-                    found[text] = torch.frombuffer(bytearray(row[0]), dtype=torch.float32)
+        try:
+            with closing(self.connect()) as opened:
+                for text in texts:
+                    row = opened.execute("SELECT vector FROM vectors WHERE text = ?", (text,)).fetchone()
+                    if row and len(row[0]) == 4 * self.width:
+                        found[text] = torch.frombuffer(bytearray(row[0]), dtype=torch.float32)
+        except (sqlite3.OperationalError, OSError):  # locked for long, or a folder that cannot be written
+            pass
+        except sqlite3.DatabaseError:
+            with suppress(OSError):
+                self.path.unlink()
         return found
 
     def write(self, vectors: Mapping[str, Tensor]) -> None:

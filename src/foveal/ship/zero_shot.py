@@ -84,12 +84,13 @@ def parse_labels(labels: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: fewer than two, an empty one, or one twice.
     """
-    found = tuple(label.strip() for label in (labels.split(",") if isinstance(labels, str) else labels))
+    found = [label.strip() for label in (labels.split(",") if isinstance(labels, str) else labels)]
     twice = next((label for label in found if found.count(label) > 1), None)
     if "" in found or twice is not None or len(found) < 2:
-        wrong = "one is empty" if "" in found else f"'{twice}' comes twice" if twice else f"there is only '{found[0]}'"
+        only = f"there is only '{found[0]}'" if found else "there is none"
+        wrong = "one is empty" if "" in found else f"'{twice}' comes twice" if twice else only
         raise UsageError(f"labels: {wrong}: expected two or more different ones, such as 'a cat,a dog'")
-    return found
+    return tuple(found)
 
 
 def of_towers(towers: Towers, labels: str | Sequence[str], templates: Sequence[str] = TEMPLATES) -> ZeroShot:

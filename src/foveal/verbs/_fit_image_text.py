@@ -183,9 +183,9 @@ def shots(pairs: Pairs, similarity: np.ndarray, texts: list[str], seed: int) -> 
     return [
         Found(
             pairs.images.ids[row],
-            pairs.images.image(int(row)),
+            pairs.images.image(row),
             pairs.texts[row],
             [(texts[at], float(similarity[row, at])) for at in np.argsort(-similarity[row], kind="stable")[:TEXTS]],
         )
-        for row in rows.tolist()
+        for row in map(int, rows)
     ]

@@ -52,7 +52,10 @@ def contrastive_loss(
     """
     if len(images) < 2:
         raise UsageError("a batch of one pair has no negatives: choose a batch_size of at least 2")
-    logits = scale * F.normalize(images, dim=1) @ F.normalize(texts, dim=1).T
+    precise = torch.promote_types(images.dtype, torch.float32)  # at a scale of 100 bfloat16 is off by half a logit
+    with torch.autocast(images.device.type, enabled=False):
+        unit_images, unit_texts = F.normalize(images.to(precise), dim=1), F.normalize(texts.to(precise), dim=1)
+        logits = scale * unit_images @ unit_texts.T
     own = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
 
