@@ -20,8 +20,10 @@ READING = (
     (
         "Living with a model",
         (
+            "curate.md",
             "bundle.md",
             "explain.md",
+            "library.md",
             "language.md",
             "audit.md",
             "update.md",
