@@ -30,10 +30,10 @@ STALE = 0.1
 LISTS, PROBES = 1024, 64
 """Cells the vectors of a large library are dealt into, and how many of them a query looks into."""
 CODE = 4
-"""Numbers of a vector, at least, for one 4-bit code; what codes find is compared again in 8 bits a number."""
+"""Numbers of a vector, at least, for one 4-bit code; what codes find is compared again in 16 bits a number."""
 FEWEST = 16
-"""Codes of a vector below which 8 bits a number are compared at once."""
-AGAIN = 16
+"""Codes of a vector below which 16 bits a number are compared at once."""
+AGAIN = 64
 """Candidates per answer that are compared again."""
 TRAINED = 64
 """Vectors drawn for each cell to place it."""
@@ -230,7 +230,7 @@ class Library:
 
 
 def build_index(vectors: Callable[[], Iterator[np.ndarray]], n: int, width: int) -> Any:
-    """A faiss index over unit vectors that stream: cells, 4-bit codes in them, and 8 bits a number to compare again.
+    """A faiss index over unit vectors that stream: cells, 4-bit codes in them, and 16 bits a number to compare again.
 
     Args:
         vectors: gives all n vectors, float32 [m, width] at a time, each time it is called.
@@ -238,7 +238,7 @@ def build_index(vectors: Callable[[], Iterator[np.ndarray]], n: int, width: int)
     engine = faiss()
     lists = max(1, min(LISTS, n // TRAINED))
     codes = next(count for count in range(max(1, width // CODE), 0, -1) if width % count == 0)
-    inside = f"PQ{codes}x4fs,Refine(SQ8)" if codes >= FEWEST else "SQ8"
+    inside = f"PQ{codes}x4fs,Refine(SQfp16)" if codes >= FEWEST else "SQfp16"
     index = engine.index_factory(width, f"IVF{lists},{inside}", engine.METRIC_INNER_PRODUCT)
     every = max(1, n // (lists * TRAINED))
     index.train(np.concatenate([part[::every] for part in vectors()]))
