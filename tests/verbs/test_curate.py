@@ -169,6 +169,9 @@ def test_refusals(copies: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="exists and is no selection"):
         foveal.curate(str(copies), out=other)
     assert other.read_bytes() == b"mine"
+    (tmp_path / "page.html").touch()
+    with pytest.raises(UsageError, match=r"page.html is in the way"):
+        foveal.curate(str(copies), out=tmp_path / "page.parquet")
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match="holds no images"):
         foveal.curate(str(tmp_path / "none"), out=tmp_path / "x.parquet")

@@ -171,7 +171,7 @@ class Library:
     def search(self, queries: np.ndarray, k: int, *, exact: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Unit vectors [q, D] -> rows int64 [q, k] and similarities float32 [q, k], most alike first.
 
-        Fewer than k columns when the library has fewer rows.
+        Fewer than k columns when the library has fewer rows; row -1 where the cells that were looked into hold fewer.
 
         Args:
             exact: compare every vector, whatever the size.

@@ -62,7 +62,9 @@ def report(out: Path, library: Library, content: dict[str, Any]) -> None:
     pictures = Pictures()
     sheets = []
     for row, near, scores in zip(rows.tolist(), found.tolist(), similar.tolist(), strict=True):
-        beside = [(number, score) for number, score in zip(near, scores, strict=True) if number != row][:NEIGHBOURS]
+        beside = [(number, score) for number, score in zip(near, scores, strict=True) if number not in (row, -1)][
+            :NEIGHBOURS
+        ]
         told = library.rows([row, *(number for number, _ in beside)])
         said = ["the query", *(f"{score:.3f}" for _, score in beside)]
         sheets.append(

@@ -54,6 +54,8 @@ def curate(
         raise UsageError(f"--keep {keep:g}: expected a share above 0 and at most 1")
     out = Path(out) if out else default_out(data, chosen.name).with_suffix(".parquet")
     check_free(out)
+    if not out.exists() and out.with_suffix(".html").exists():
+        raise UsageError(f"{out.with_suffix('.html')} is in the way of the page of {out}: choose another --out")
     pool = open_images_of(data, groups, chosen, backbone=backbone, offline=offline, device=device, progress=progress)
     selection = choose(chosen, pool, keep)
     content = write(out, data, pool, selection, method=chosen, keep=keep)

@@ -51,9 +51,11 @@ def search(
         raise DataError(f"{printable(str(image))}: {error}") from None
     features = feature_session(embedder.backbone, device=device)(pixels[None])
     numbers, similar = opened.search(embedder.vectors(features), k, exact=exact)
+    there = numbers[0] >= 0
+    rows = opened.rows(numbers[0][there].tolist())
     hits = [
         {"rank": rank, "similarity": round(float(value), 6), **row}
-        for rank, (row, value) in enumerate(zip(opened.rows(numbers[0].tolist()), similar[0], strict=True), 1)
+        for rank, (row, value) in enumerate(zip(rows, similar[0][there], strict=True), 1)
     ]
     engine = "exact" if exact else opened.engine
     return Result({"library": str(library), "image": str(image), "engine": engine, "hits": hits}, said)

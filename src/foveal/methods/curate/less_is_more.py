@@ -15,7 +15,8 @@ and `by=order` (every n-th image); their radii in the paper are not known to us.
 out.
 
 When not to use it: where small differences are what the images are for (a crack, a lesion: look at the sheet of the
-fullest clusters first); where only the colour differs, which the hash does not see.
+fullest clusters first); where only the colour differs, which the hash does not see. On solar cells in six copies each
+the gain over as many images drawn at random was within the spread of seeds (see the card).
 """
 
 from __future__ import annotations
