@@ -78,7 +78,7 @@ def class_rows(seed: int, tiny: bool) -> dict[str, float]:
     """Retrieval of the classifier rows of held-out classes by their names."""
     names, meanings = imagenet_names()
     rows = F.normalize(cast(Tensor, imagenet_classifier(DEFAULT, offline=True).head.weight).detach())
-    count, held = (40, 10) if tiny else (1000, 100)
+    count, held = (20, 5) if tiny else (1000, 100)
     order = torch.from_numpy(generator(seed, "held-out classes").permutation(1000)[:count])
     names, meanings, rows = [names[k] for k in order], [meanings[k] for k in order], rows[order]
     tower, known = sentence_encoder(), slice(held, None)
@@ -127,7 +127,7 @@ def words_alone(seed: int, tiny: bool) -> dict[str, float]:
     for name, labels in SAMPLES.items():
         dataset = open_dataset(f"sample:{name}")
         dataset = dataset.subset(
-            np.sort(generator(seed, "words", name).permutation(len(dataset))[: 40 if tiny else 400])
+            np.sort(generator(seed, "words", name).permutation(len(dataset))[: 30 if tiny else 400])
         )
         truth = torch.from_numpy(dataset.labels)
         values[f"{name}.balanced_accuracy"] = balanced_accuracy(logits(dataset, labels), truth)
@@ -148,9 +148,9 @@ def features(dataset: Dataset, tiny: bool) -> Tensor:
 
 
 def few_classes() -> Ridge:
-    """A ridge map of twenty classes."""
-    names, meanings = (texts[::50] for texts in imagenet_names())
-    rows = F.normalize(cast(Tensor, imagenet_classifier(DEFAULT, offline=True).head.weight).detach()[::50])
+    """A ridge map of ten classes."""
+    names, meanings = (texts[::100] for texts in imagenet_names())
+    rows = F.normalize(cast(Tensor, imagenet_classifier(DEFAULT, offline=True).head.weight).detach()[::100])
     return fit_ridge(known_texts(sentence_encoder(), names, meanings), rows)
 
 

@@ -93,6 +93,17 @@ def test_loaded_it_says_what_its_vectors_say(bundle: ImageTextBundle, table: Pat
     assert "then" in by_verb.to_text()
 
 
+def test_its_labels_travel_in_one_onnx_file(bundle: ImageTextBundle, table: Path, tmp_path: Path):
+    import onnx
+
+    answers = bundle.with_labels("three then seven,one then two")
+    photos = [Image.open(file).convert("RGB").resize((70, 50)) for file in sorted(table.parent.glob("test-*.png"))[:3]]
+    record = answers.export(tmp_path / "labels.onnx", photos)
+    assert record["max_abs_difference"] < 1e-4
+    told = {each.key: each.value for each in onnx.load(tmp_path / "labels.onnx").metadata_props}
+    assert json.loads(told["classes"]) == ["three then seven", "one then two"]
+
+
 def test_without_labels_it_cannot_answer(bundle: ImageTextBundle, table: Path):
     with pytest.raises(UsageError, match="knows no classes of its own: say them"):
         foveal.predict(bundle.path, [table.parent])

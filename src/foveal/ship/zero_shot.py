@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,12 @@ from foveal.backbones.towers import Towers
 from foveal.core.errors import DataError, UsageError
 from foveal.core.method import Classifier
 from foveal.data.open import open_images
+from foveal.evaluate.calibration import Calibrated
+from foveal.evaluate.ood import Energy
 from foveal.features.extract import extract
 from foveal.features.towers import encode_texts
 from foveal.ship.answer import answer, unreadable
+from foveal.ship.export import export_onnx
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,6 +80,23 @@ class ZeroShot:
             }
             for row in range(len(dataset))
         ]
+
+    def export(self, path: str | Path, images: Sequence[Image.Image]) -> dict[str, Any]:
+        """Write one ONNX file of the image network and these labels; see `foveal.ship.export.export_onnx`.
+
+        The words are in its weights: it takes uint8 photos and needs no language tower. It calls nothing unknown.
+
+        Args:
+            images: upright RGB photos to compare with torch on.
+
+        Raises:
+            UsageError: no images.
+            FovealError: the network cannot be expressed in ONNX, or answers otherwise there.
+        """
+        model = Calibrated(self.classifier, 1.0, Energy(), "single-label")
+        preprocessing = cast(Backbone, self.classifier.backbone).preprocessing
+        never = sys.float_info.max
+        return export_onnx(model, preprocessing, path, images=images, classes=self.labels, threshold=never)
 
 
 def parse_labels(labels: str | Sequence[str]) -> tuple[str, ...]:
