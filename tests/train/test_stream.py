@@ -100,6 +100,7 @@ def test_an_update_trains_in_stages_and_moves_old_answers_only_where_it_may(shar
 
     model, history = updated("second")
     assert [row["stage"] for row in history] == ["learn"] * 3 + ["balance"]
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
     before, after = both(old, model, data, old_rows, PLAIN, "cpu")
     told = drift(before, after)
     assert told["equal"] == (shared == "frozen")

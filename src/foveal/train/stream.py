@@ -150,7 +150,7 @@ def learn(
         work: a folder; the same call goes on after a kill.
 
     Returns:
-        The model and one record per epoch, with its `stage`.
+        The model and one record per epoch, numbered on from stage to stage, with its `stage`.
     """
     history: list[Event] = []
     work.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,8 @@ def learn(
             work=work / stage.name, on_event=on_event,
         )  # fmt: skip
         grown = result.model
-        history += [{**record, "stage": stage.name} for record in result.history]
+        done = history[-1]["epoch"] if history else 0
+        history += [{**each, "epoch": each["epoch"] + done, "stage": stage.name} for each in result.history]
     return grown.eval(), history
 
 

@@ -166,9 +166,7 @@ def size(model: Classifier) -> int:
 
 def check_new(bundle: Bundle, new: Dataset) -> None:
     if bundle.task != "single-label" or new.task != "single-label":
-        raise DataError(
-            f"the Bundle is {bundle.task}, {new.name} {new.task}: update takes one label an image"
-        )
+        raise DataError(f"the Bundle is {bundle.task}, {new.name} {new.task}: update takes one label an image")
     twice = sorted(set(new.classes) & set(bundle.classes))
     if twice:
         raise DataError(
@@ -253,12 +251,13 @@ def first(dataset: Dataset, count: int) -> Dataset:
 
 
 def halves(dataset: Dataset) -> tuple[Dataset, Dataset]:
-    """Every second image of each class, and the others."""
+    """Every second image of each class, and the others; twice the same where no class has two."""
     place = np.zeros(len(dataset), np.int64)
     for label in range(len(dataset.classes)):
         own = np.flatnonzero(dataset.labels == label)
         place[own] = np.arange(len(own))
-    return dataset.subset(place % 2 == 1), dataset.subset(place % 2 == 0)
+    second = dataset.subset(place % 2 == 1)
+    return (second, dataset.subset(place % 2 == 0)) if len(second) else (dataset, dataset)
 
 
 def counts(dataset: Dataset) -> dict[str, int]:
@@ -295,7 +294,7 @@ def split_new(fresh: Prepared, seed: int) -> np.ndarray:
     groups = np.unique(fresh.groups)
     if len(groups) < 3:
         raise DataError(
-            f"class {fresh.dataset.classes[0]} has {len(groups)} distinct images; at least 3 needed (2 to train on and "
+            f"class {', '.join(fresh.dataset.classes)} has {len(groups)} distinct images; at least 3 needed (2 to train on and "
             "1 to test): add images"
         )
     order = generator(seed, "split of one class").permutation(groups)

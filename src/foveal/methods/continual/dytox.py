@@ -134,11 +134,12 @@ class Expanded(Classifier):
         """Room for a batch of classes: a token, in a decoder of its own (`fresh`) or in the last one, and a head."""
         if classes < 1:
             raise UsageError(f"a batch of {classes} new classes: expected at least 1")
+        backbone: Any = self.backbone
+        joint: Any = self.head
         if fresh or not len(self.decoders):
-            self.decoders.append(Decoder(self.backbone.cell_width, width))
+            self.decoders.append(Decoder(backbone.cell_width, width))
         last: Any = self.decoders[-1]
         last.add()
-        joint: Any = self.head
         joint.add(last.width, classes)
 
     @property
@@ -147,7 +148,8 @@ class Expanded(Classifier):
         return sum(joint.widths)
 
     def features(self, images: Tensor) -> Tensor:
-        return self.embed(*self.backbone.features_and_cells(images))  # pyright: ignore[reportCallIssue]
+        backbone: Any = self.backbone
+        return self.embed(*backbone.features_and_cells(images))
 
     def embed(self, pooled: Tensor, cells: Tensor) -> Tensor:
         """Pooled features [B, D_0] and cells [B, n, C] -> what the heads read.
