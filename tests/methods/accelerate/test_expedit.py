@@ -33,10 +33,10 @@ from foveal.methods.accelerate.expedit import (
 SIZE = 48
 
 
-def vit(**args: object) -> Classifier:
-    """A plain ViT with 6 x 6 patch tokens and six blocks; by default it reads its class token."""
+def vit(arch: str = "vit_tiny_patch16_224", **args: object) -> Classifier:
+    """A ViT with 6 x 6 patch tokens and six blocks; by default a plain one that reads its class token."""
     given = {"img_size": SIZE, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 2, **args}
-    plan = Plan("vit", "vit_tiny_patch16_224", given, Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3), 24, "random")
+    plan = Plan("vit", arch, given, Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3), 24, "random")
     torch.manual_seed(0)
     backbone = Backbone(plan, build(plan))
     return Classifier(backbone, nn.Linear(24, 3)).eval()
@@ -251,6 +251,11 @@ def test_bad_input():
         BackboneError, match=r"test_efficientnet \(cnn\) has windows, positions fixed inside attention, or none"
     ):
         Expedit().shrink(Classifier(convolutional, nn.Linear(256, 3)).eval(), None, None)
+    biased = vit("vit_relpos_small_patch16_224", class_token=False)
+    with pytest.raises(
+        BackboneError, match=r"vit_relpos_small_patch16_224 \(vit\) has windows, positions fixed inside"
+    ):
+        Expedit().shrink(biased, None, None)
     made = Expedit().shrink(model, None, None)
     with pytest.raises(BackboneError, match="already changed on their way: expedit comes first"):
         Expedit().shrink(made.module, None, None)

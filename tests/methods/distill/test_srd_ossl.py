@@ -203,6 +203,19 @@ def test_finding_the_last_map_leaves_the_students_statistics_alone(student: Clas
     assert student.training
 
 
+def test_several_labels_per_image(student: Classifier, teacher: Classifier):
+    rows = batch()
+    rows["labels"] = F.one_hot(rows["labels"], CLASSES).to(torch.uint8)
+    parts = SrdOssl().loss(SrdOssl().pair(student, teacher).eval(), rows)
+    by_hand = F.binary_cross_entropy_with_logits(
+        student(rows["images"])[:4], rows["labels"][:4].float(), pos_weight=rows["class_weights"]
+    )
+    assert float(parts["cross_entropy"].detach()) == pytest.approx(float(by_hand.detach()), rel=1e-5)
+    method = SrdOssl(Options(alpha=0.5))
+    with pytest.raises(UsageError, match="several labels need alpha=0"):
+        method.loss(method.pair(student, teacher), rows)
+
+
 def test_bad_input(student: Classifier, teacher: Classifier):
     deep = Classifier(teacher.backbone, nn.Sequential(nn.Linear(96, 8), nn.ReLU(), nn.Linear(8, CLASSES))).eval()
     with pytest.raises(BackboneError, match="answers through Sequential, expected a single linear layer"):

@@ -25,6 +25,7 @@ student is not faster.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -139,6 +140,17 @@ class SrdOssl(Distill):
             Term("softened", lambda view: softened(view["logits"], view["teacher_logits"], chosen.temperature),
                  chosen.alpha),
         ]  # fmt: skip
+
+    def loss(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """
+        Raises:
+            UsageError: plain distillation of several labels per image.
+        """
+        if self.options.alpha and batch["labels"].ndim == 2:
+            raise UsageError(
+                f"alpha={self.options.alpha} softens classes of which one holds: several labels need alpha=0"
+            )
+        return super().loss(model, batch)
 
     def alone(self) -> Distill:
         return type(self)(replace(self.options, alpha=0.0, beta=0.0))
