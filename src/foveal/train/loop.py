@@ -357,9 +357,12 @@ def is_convnet(model: nn.Module) -> bool:
 
 
 def place(model: nn.Module, device: torch.device) -> None:
-    """Move a model, in the memory format that is fastest for it: channels last for convolutions."""
+    """Move a model, in the memory format that is fastest for it: channels last for convolutions.
+
+    Models with convolutions over time as well stay as they are: torch has no one format for both kinds.
+    """
     model.to(device)
-    if is_convnet(model):
+    if is_convnet(model) and all(weight.ndim < 5 for weight in model.parameters()):
         model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
