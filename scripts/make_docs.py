@@ -37,6 +37,7 @@ COMMANDS = {
     "pretrain": "foveal pretrain DATA",
     "retrieve": "foveal index DATA",
     "robust": "foveal audit BUNDLE DATA",
+    "video": "foveal fit CLIPS --task video",
 }
 WORKS = {
     "accelerate": "the weights stay as they are and the multiply-accumulates fall; rebuilt from its plan and exported "
@@ -54,10 +55,12 @@ WORKS = {
     "with their number; nothing is left on the model, also after a crash",
     "language": "the same seed gives the same towers; saved and loaded, they give the same vectors, and a classifier of "
     "words exported to ONNX answers the same",
-    "pretrain": "the same seed gives the same weights, also after a kill; they load strictly into the plain network, and "
-    "nothing is left on it, also after a crash",
+    "pretrain": "the same seed gives the same weights, also after a kill; they load strictly into the plain network, "
+    "and nothing is left on it, also after a crash",
     "robust": "the network is as before, bit by bit; the same seed gives the same attack, also after a kill; it stays "
     "within its budget, on any image",
+    "video": "the same seed gives the same classifier; saved, loaded and (on CNNs and plain ViTs) exported to ONNX, it "
+    "answers the same, whatever other clips come with them",
 }
 """Of each family: the command that takes `--method`, and what its contract battery means by *works*."""
 CAPABILITIES: dict[str, dict[str, str]] = json.loads(
