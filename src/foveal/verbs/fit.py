@@ -24,7 +24,9 @@ DataArgument = Annotated[
     "Folder of class folders, folder with train/val/test, CSV or Parquet (image,label[,split]), WebDataset .tar "
     "or brace pattern, hub:owner/name, or sample:NAME.",
 ]
-BackboneOption = Annotated[str, "Any timm model name, or a local .safetensors file as ARCH@FILE."]
+BackboneOption = Annotated[
+    str, "Any timm model name, a folder made by `foveal pretrain`, or a local .safetensors file as ARCH@FILE."
+]
 SeedOption = Annotated[int, "Rules split, initialisation, order and augmentation."]
 OfflineOption = Annotated[bool, "Open no network connection."]
 DeviceOption = Annotated[str, "auto, cpu or cuda."]
