@@ -37,6 +37,7 @@ COMMANDS = {
     "pretrain": "foveal pretrain DATA",
     "retrieve": "foveal index DATA",
     "robust": "foveal audit BUNDLE DATA",
+    "shrink": "foveal shrink BUNDLE",
     "video": "foveal fit CLIPS --task video",
 }
 WORKS = {
@@ -59,6 +60,8 @@ WORKS = {
     "and nothing is left on it, also after a crash",
     "robust": "the network is as before, bit by bit; the same seed gives the same attack, also after a kill; it stays "
     "within its budget, on any image",
+    "shrink": "the original is as before, bit by bit; the same seed gives the same smaller model; rebuilt from its "
+    "plan, loaded and exported to ONNX, it answers the same; nothing is left on it, also after a crash",
     "video": "the same seed gives the same classifier; saved, loaded and (on CNNs and plain ViTs) exported to ONNX, it "
     "answers the same, whatever other clips come with them",
 }
