@@ -1,8 +1,9 @@
-"""Seeded procedural images. `garbage` makes pictures that no user's photo looks like, to choose an unknown score by."""
+"""Seeded procedural images and clips. `garbage` makes pictures that no user's photo looks like, to choose an unknown
+score by; `arrow_of_motion` clips whose frames are the same forwards and backwards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -23,6 +24,56 @@ def garbage(n: int, size: int, seed: int) -> np.ndarray:
             picture = picture.mean(axis=2, keepdims=True)
         images[index] = np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
     return images
+
+
+def arrow_of_motion(
+    photos: Sequence[np.ndarray],
+    count: int,
+    size: int,
+    frames: int,
+    seed: int,
+    band: tuple[float, float] = (0, 1),
+) -> tuple[np.ndarray, np.ndarray]:
+    """A square of one photo slides to the right or to the left over a faded, still piece of another.
+
+    Clip 2 i + 1 is clip 2 i played backwards: whoever sees single frames, or all of them without their order, is right
+    about the direction of exactly half of the clips.
+
+    Args:
+        photos: two or more, uint8 [H, W, 3], which take turns; within the band at least `size` high and wide.
+        count: of clips; even.
+        band: from which to which share of their height photos are shown. Clips of bands that do not overlap share no
+            pixel.
+
+    Returns:
+        Clips uint8 [count, frames, size, size, 3], and labels int64 [count, 2]: the direction (0: to the right) and the
+        photo that slides.
+    """
+    clips = np.empty((count, frames, size, size, 3), np.uint8)
+    labels = np.empty((count, 2), np.int64)
+    side = 3 * size // 8
+    for index in range(count // 2):
+        rng = generator(seed, "arrow", *band, index)
+        which = index % len(photos)
+        other = (which + int(rng.integers(1, len(photos)))) % len(photos)
+        square, ground = (piece(photos[number], length, band, rng) for number, length in ((which, side), (other, size)))
+        ground = np.round(128 + 0.3 * (ground.astype(np.float64) - 128)).astype(np.uint8)
+        way = (size - side) * rng.uniform(0.7, 1.0)
+        start, top = rng.uniform(0, size - side - way), int(rng.integers(size - side + 1))
+        lefts = np.round(start + way * np.arange(frames) / max(1, frames - 1)).astype(int)
+        clip = np.repeat(ground[None], frames, 0)
+        for frame, left in zip(clip, lefts, strict=True):
+            frame[top : top + side, left : left + side] = square
+        clips[2 * index], clips[2 * index + 1] = clip, clip[::-1]
+        labels[2 * index], labels[2 * index + 1] = (0, which), (1, which)
+    return clips, labels
+
+
+def piece(photo: np.ndarray, side: int, band: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+    """A square of `side` pixels from a photo, within a band of its height."""
+    top, bottom = round(band[0] * len(photo)), round(band[1] * len(photo))
+    y, x = int(rng.integers(top, bottom - side + 1)), int(rng.integers(photo.shape[1] - side + 1))
+    return photo[y : y + side, x : x + side]
 
 
 def colours(count: int, rng: np.random.Generator) -> np.ndarray:

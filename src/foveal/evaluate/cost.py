@@ -125,6 +125,30 @@ def module_cost(
     }
 
 
+def clip_cost(classifier: Any, size: int, trained_params: int, folder: Path, *, device: str = "auto") -> dict[str, Any]:
+    """The content of cost.json of a `foveal.core.families.video.ClipClassifier`; see `cost`. macs are of one clip."""
+    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    target, shape = torch.device("cuda" if cuda else "cpu"), (1, classifier.frames, 3, size, size)
+    classifier = classifier.to(target)
+    clip = torch.zeros(shape, device=target)
+
+    @torch.inference_mode()
+    def run() -> object:
+        return classifier(clip).cpu()
+
+    where = {"threads": torch.get_num_threads(), "engine": f"torch {target.type}"}
+    return {
+        "parameters": {
+            "total": sum(value.numel() for value in classifier.state_dict().values()),
+            "trained": trained_params,
+        },
+        "frames": classifier.frames,
+        "macs": counted(classifier, shape),
+        "bytes": sum(file.stat().st_size for file in sorted(folder.glob("*.safetensors"))),
+        "latency": [{"batch": 1, **where, "milliseconds": round(1000 * timed(run), 3)}],
+    }
+
+
 def timed(run: Callable[[], object]) -> float:
     """Median seconds of a call, the first one left out."""
     run()
