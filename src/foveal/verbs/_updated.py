@@ -294,8 +294,8 @@ def split_new(fresh: Prepared, seed: int) -> np.ndarray:
     groups = np.unique(fresh.groups)
     if len(groups) < 3:
         raise DataError(
-            f"class {', '.join(fresh.dataset.classes)} has {len(groups)} distinct images; at least 3 needed (2 to train on and "
-            "1 to test): add images"
+            f"class {', '.join(fresh.dataset.classes)} has {len(groups)} distinct images; 3 needed (2 to train on "
+            "and 1 to test): add images"
         )
     order = generator(seed, "split of one class").permutation(groups)
     tested, checked = max(1, len(groups) // 4), len(groups) // 10
