@@ -62,10 +62,15 @@ def groups(model: Classifier) -> list[Group]:
     so do the features when the head is not one linear layer.
 
     Raises:
-        BackboneError: nothing can be, or torch-pruning cannot follow this architecture.
+        BackboneError: nothing can be, the weights are stored as codes, or torch-pruning cannot follow the architecture.
         MissingExtra: torch-pruning is not installed.
     """
     backbone = cast(Backbone, model.backbone)
+    layers = [module for module in backbone.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    if not all(isinstance(layer.weight, nn.Parameter) for layer in layers):
+        raise BackboneError(
+            f"the weights of this {backbone.arch} are stored as codes: remove channels first, then code"
+        )
     found = dependencies(model) if backbone.family == "cnn" else [*hidden_units(model), *heads(model)]
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     found = sorted((group for group in found if group.units > 1), key=lambda group: order[group.name])
@@ -159,17 +164,34 @@ def heads(model: nn.Module) -> Iterator[Group]:
             yield Group(f"{name}.qkv", count, members, attention=name)
 
 
-def remove(model: Classifier, group: Group, units: Iterable[int]) -> None:
-    """Take units out of a model, in place. `group` no longer describes it afterwards."""
-    gone = sorted(set(units))
+def remove(model: Classifier, group: Group, units: Iterable[int], rest: Iterable[Group] = ()) -> list[Group]:
+    """Take units out of a model, in place. `group` no longer describes it afterwards.
+
+    Args:
+        rest: groups that still stand for the model.
+
+    Returns:
+        These, with the places of their channels behind concatenations moved up.
+    """
+    chosen = sorted(set(units))
+    gone: dict[tuple[str, Side], Tensor] = {}
     for member in group.members:
         module = model.get_submodule(member.module)
         kept = torch.ones(width(module, member.side), dtype=torch.bool)
-        kept[member.index[gone].flatten()] = False
+        kept[member.index[chosen].flatten()] = False
         cut(module, member.side, kept.nonzero().flatten())
+        gone[member.module, member.side] = (~kept).nonzero().flatten()
     if group.attention:
-        set_heads(model.get_submodule(group.attention), group.units - len(gone))
+        set_heads(model.get_submodule(group.attention), group.units - len(chosen))
     follow_width(model)
+
+    def moved(member: Member) -> Member:
+        before = gone.get((member.module, member.side))
+        return (
+            member if before is None else replace(member, index=member.index - torch.searchsorted(before, member.index))
+        )
+
+    return [replace(each, members=tuple(map(moved, each.members))) for each in rest]
 
 
 def width(module: Any, side: Side) -> int:

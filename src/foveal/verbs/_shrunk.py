@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from foveal.backbones.adapter import Backbone
 from foveal.core import catalogue
 from foveal.core.bundle import write_json
 from foveal.core.errors import DataError, UsageError
@@ -163,8 +164,9 @@ def shrink_bundle(
         record["sides"]["after"]["bytes"] = (folder / "model.safetensors").stat().st_size
         return {"shrunk": record}
 
+    own = replace(prepared, backbone=cast(Backbone, after.backbone))  # the data may have been read by another one
     write_bundle(
-        out, prepared, splits, adapted, None,
+        out, own, splits, adapted, None,
         request=request, seed=seed, class_weights=class_weights, device=device, started=start, progress=progress,
         lineage={
             "backbone": bundle.manifest["backbone"],

@@ -123,6 +123,8 @@ def felt(gradient: Tensor, delta: Tensor, index: Tensor, signed: bool) -> Float[
 
 def kept_units(units: int, rate: float, round_to: int) -> int:
     """How many of a layer's units stay: (1 - rate) of them, in multiples of `round_to` where there are at least two."""
+    if rate == 0:
+        return units
     step = round_to if units >= 2 * round_to else 1
     return min(units, max(step, round(units * (1 - rate) / step) * step))
 
@@ -167,12 +169,13 @@ class Singe(Shrink):
         todo = groups(model)
         rate = self.options.rate if target is None else self.rate_for(model, todo, target)
         before = removed = 0
-        for done, group in enumerate(todo):
+        for done in range(len(todo)):
+            group = todo[done]
             gone = group.units - kept_units(group.units, rate, self.options.round_to)
             before, removed = before + group.units, removed + gone
             if gone:
                 scores = self.score(model, group, data)
-                remove(model, group, scores.argsort(stable=True)[:gone].tolist())
+                todo[done + 1 :] = remove(model, group, scores.argsort(stable=True)[:gone].tolist(), todo[done + 1 :])
                 model = self.tuned(model, data, self.options.between)
             data.progress(done + 1, len(todo))
         model = self.tuned(model, data, self.options.after) if removed else model
@@ -203,9 +206,11 @@ class Singe(Shrink):
         """The smallest rate that reaches the target, to within 1/64."""
 
         def left(rate: float) -> float:
-            trial = copy.deepcopy(model)
-            for group in todo:
-                remove(trial, group, range(group.units - kept_units(group.units, rate, self.options.round_to)))
+            trial, rest = copy.deepcopy(model), list(todo)
+            while rest:
+                group = rest.pop(0)
+                gone = group.units - kept_units(group.units, rate, self.options.round_to)
+                rest = remove(trial, group, range(gone), rest)
             return target.measure(trial)
 
         low, high = 0.0, MOST
