@@ -15,7 +15,7 @@ from foveal.data.glyphs import STROKES, glyph
 from foveal.methods.generate.diffedit import Diffedit, Options
 from foveal.train.painter import teach
 
-SIZE, STEPS, TEST = 16, 700, 24
+SIZE, STEPS, TEST = 16, 350, 16
 CHANGED = 0.15
 """Of the brightness range: what counts as a changed pixel."""
 
@@ -33,7 +33,8 @@ def reproduce(seed: int, tiny: bool) -> dict[str, float]:
         label = index % len(classes)
         return 2 * glyph(classes[label], int(rng.integers(2**31)), seed, SIZE)[None] - 1, label
 
-    painter = teach(Plan(classes, SIZE), draw, name="glyphs", seed=seed, steps=2 if tiny else STEPS)
+    plan = Plan(classes, SIZE, widths=(24, 48))
+    painter = teach(plan, draw, name="glyphs", seed=seed, steps=2 if tiny else STEPS, batch=32)
     three, eight = hands("3", seed, count), hands("8", seed, count)
     strokes = (eight - three).abs() / 2 > CHANGED
     common = {"steps": 4 if tiny else 40, "strength": 0.6, "guidance": 3.0, "maps": 2 if tiny else 10}

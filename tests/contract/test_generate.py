@@ -55,7 +55,7 @@ def test_contract(name: str, kind: str):
     before = copy.deepcopy(painter.state_dict()) if isinstance(painter, PixelPainter) else {}
     state = torch.random.get_rng_state()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         first = light(name).edit(painter, x, to, source, seed=3)
         again = light(name).edit(painter, x, to, source, seed=3)
         other = light(name).edit(painter, x, to, source, seed=4)

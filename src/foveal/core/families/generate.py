@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from foveal.core.errors import UsageError
 from foveal.core.method import Method
 
 
+@runtime_checkable
 class Painter(Protocol):
     """What a method asks of a diffusion model: a noise predictor, its schedule, and conditions it understands.
 
