@@ -53,6 +53,20 @@ def test_several_labels_are_independent_problems():
         assert np.abs(p - theirs.predict_proba(standardised(X))[:, 1]).max() < 1e-3
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_fewer_rows_than_features_are_solved_in_their_span_to_the_same(several: bool):
+    X, y, weights = problem(n=30, width=100)
+    X[:, 5], X[7] = 1.0, X[6]  # a constant feature, and rows that do not span all their dimensions
+    labels = torch.stack([y == 0, y == 1, y != 1], 1).to(torch.uint8) if several else y
+    scaling, targets = Scaling.of(X), Targets.of(labels, 3)
+    theta, logits = minimise(X, targets, weights[None], torch.tensor([0.3]), scaling, tolerance=1e-7)
+    fitted = logistic_regression(X, labels, weights, 3, c=0.3, tolerance=1e-7)
+    expected = theta[0, :, :-1] * scaling.inverse
+    assert (fitted.weight - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert torch.allclose(X @ fitted.weight.T + fitted.bias, logits[0].T, atol=2e-3)
+    assert (fitted.weight[:, 5] == 0).all()
+
+
 def test_gradient_vanishes_at_the_solution_by_autograd():
     X, y, weights = problem()
     scaling, targets = Scaling.of(X), Targets.of(y, 3)

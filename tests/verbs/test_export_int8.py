@@ -50,6 +50,10 @@ def test_an_accepted_int8_model_is_kept_and_recorded(run: Path, photos: Path, mo
     assert "training images of photos" in recorded["calibrated_on"]
     assert "test images of photos, which the fit did not see" in recorded["judged_on"]
     assert recorded["chosen"] in made.to_text()
+    for page in ("report.html", "README.md"):
+        content = (run / page).read_text(encoding="utf-8")
+        assert f"{recorded['chosen']} (chosen)" in content
+        assert all(row["reason"].split(";")[0] in content for row in recorded["variants"])
     runtime = open_runtime(run)
     assert (runtime.variant, runtime.note) == (recorded["chosen"], "")
     image = np.asarray(Image.open(next(photos.rglob("*.jpg"))))[None]
@@ -62,6 +66,10 @@ def test_an_accepted_int8_model_is_kept_and_recorded(run: Path, photos: Path, mo
     foveal.export(run)
     assert not (run / "model.int8.onnx").exists()
     assert "chosen" not in json.loads((run / "cost.json").read_text())["onnx"]
+    for page in ("report.html", "README.md"):
+        content = (run / page).read_text(encoding="utf-8")
+        assert "(chosen)" not in content
+        assert content.count("answers as the torch model") == 1
 
 
 def test_a_slower_int8_model_is_not_kept(run: Path, monkeypatch: pytest.MonkeyPatch):

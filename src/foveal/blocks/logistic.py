@@ -12,8 +12,8 @@ the weights, so no second copy of the features is made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -258,7 +258,25 @@ def logistic_regression(
     X: Tensor, y: Tensor, weights: Tensor, classes: int, *, c: float = 0.0, seed: int = 0, tolerance: float = 1e-4
 ) -> Logistic:
     """Fit features X [n, D] float32 to labels y [n] or [n, C], with strength c, or the best of GRID when c is 0."""
-    scaling, targets = Scaling.of(X), Targets.of(y, classes)
+    if 2 * len(X) < X.shape[1]:
+        return in_their_span(X, y, weights, classes, c=c, seed=seed, tolerance=tolerance)
+    return solved(X, y, weights, classes, Scaling.of(X), c=c, seed=seed, tolerance=tolerance)
+
+
+def in_their_span(X: Tensor, y: Tensor, weights: Tensor, classes: int, **how: Any) -> Logistic:
+    """The same solution for fewer rows than features, which lies in the rows' span: with X = R Q, Q's n rows
+    orthonormal, the penalty on W = V Q is that on V, and n columns are solved for instead of D."""
+    scaling = Scaling.of(X)
+    Q, R = torch.linalg.qr(((X - scaling.mean) * scaling.inverse).T)
+    found = solved(R.T.contiguous(), y, weights, classes, Scaling(torch.zeros(len(X)), torch.ones(len(X))), **how)
+    weight = found.weight @ Q.T * scaling.inverse
+    return replace(found, weight=weight, bias=found.bias - weight @ scaling.mean)
+
+
+def solved(
+    X: Tensor, y: Tensor, weights: Tensor, classes: int, scaling: Scaling, *, c: float, seed: int, tolerance: float
+) -> Logistic:
+    targets = Targets.of(y, classes)
     tuned = None if c else choose_c(X, y, weights, classes, scaling, seed)
     strength = tuned.c if tuned else c
     theta, _ = minimise(

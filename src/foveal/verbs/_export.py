@@ -17,6 +17,7 @@ from foveal.data.images import to_pixels
 from foveal.data.open import open_dataset, open_images
 from foveal.data.split import make_split
 from foveal.data.worlds import garbage
+from foveal.evaluate.exported import note_export
 from foveal.features.session import cpu_threads
 from foveal.ship.bundle import Bundle, load, load_classifier
 from foveal.ship.export import export_onnx
@@ -55,8 +56,11 @@ def export_bundle(path: Path, images: Path | None, progress: Progress) -> dict[s
         else:
             raise UsageError(f"Bundles for {bundle.manifest['task']} are not exported yet: use the Bundle itself")
     record["path"] = str(target)
+    onnx = {key: value for key, value in record.items() if key != "path"}
     with atomic_file(bundle.path / "cost.json") as staging:
-        write_json(staging, {**bundle.cost, "onnx": {key: value for key, value in record.items() if key != "path"}})
+        write_json(staging, {**bundle.cost, "onnx": onnx})
+    if isinstance(bundle, Bundle):
+        note_export(bundle.path, onnx)
     (bundle.path / "model.int8.onnx").unlink(missing_ok=True)  # of another export; cost.json speaks of this one
     progress.say(f"{target}: {target.stat().st_size / 2**20:.1f} MiB")
     return record
@@ -94,6 +98,7 @@ def shrink_export(path: Path, data: str | None, max_drop: float, require: bool, 
     }
     with atomic_file(path / "cost.json") as staging:
         write_json(staging, {**bundle.cost, "onnx": {**bundle.cost["onnx"], **found}})
+    note_export(path, {**bundle.cost["onnx"], **found})
     if refusal and require:
         raise FovealError(f"no int8 variant of {path} was accepted, model.onnx stays as it was: {refusal}")
     return found
