@@ -246,7 +246,7 @@ class Backbone(nn.Module):
         if not isinstance(last, Tensor) or last.ndim not in (3, 4):
             raise BackboneError(f"{self.arch} does not show what its features are pooled from: choose another backbone")
         if last.ndim == 4:
-            cells = last.flatten(1, 2) if self.channels_last else last.flatten(2).mT
+            cells = last.flatten(1, 2) if self.channels_last else last.flatten(2).transpose(1, 2)
         else:
             cells = last[:, int(getattr(self.model, "num_prefix_tokens", 0)) :]
         return self.model.forward_head(last), cells

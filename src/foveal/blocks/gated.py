@@ -41,7 +41,7 @@ class GatedEncoder(nn.Module):
         """The mean of the patch tokens [B, D], and the tokens [B, n, D]."""
         if images.shape[-2] != images.shape[-1]:
             raise UsageError(f"images of {images.shape[-2]} x {images.shape[-1]} pixels: the grid must be square")
-        cells = self.patches(images).flatten(2).mT + self.positions
+        cells = self.patches(images).flatten(2).transpose(1, 2) + self.positions
         for block in self.blocks:
             cells = block(cells)
         return cells.mean(1), cells

@@ -70,13 +70,13 @@ class TaskAttention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, token: Tensor, cells: Tensor) -> Tensor:
-        asked = token.expand(len(cells), 1, -1)
+        asked = token.expand(cells.shape[0], 1, -1)
         read = self.norm(torch.cat([asked, cells], 1))
         q, k, v = (
             each.unflatten(2, (self.heads, -1)).transpose(1, 2)
             for each in (self.q(read[:, :1]), self.k(read), self.v(read))
         )
-        found = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        found = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1) @ v
         answer = token + self.proj(found.transpose(1, 2).flatten(2))[:, 0]
         return answer + self.mlp(self.norm_mlp(answer))
 
