@@ -9,9 +9,11 @@ This is linear discriminant analysis with shrinkage D / (N - 1 + D): nearest mea
 discriminant analysis when they are many. It needs labels and nothing else; features are L2-normalised in the head.
 
 Where we depart from the paper: without text there is no zero-shot term, and so no alpha to choose on validation
-data: alpha would only scale the logits, which the temperature does later. One image per class leaves S = 0, where
-the reference's pseudo-inverse silently answers W = 0: here it is the nearest mean, with a warning. Statistics
-are gathered in one pass and merge exactly, so classes and images can be added without the old images.
+data: alpha would only scale the logits, which the temperature does later. Words that need no download, mixed in by an
+alpha chosen on folds, did not help on held-out images (few-shot, on the page of `clip`), so they are no option. One
+image per class leaves S = 0, where the reference's pseudo-inverse silently answers W = 0: here it is the nearest mean,
+with a warning. Statistics are gathered in one pass and merge exactly, so classes and images can be added without the
+old images.
 
 When not to use it: with some tens of images a class, logistic regression with a tuned penalty (`linear`) is as good
 or better, and on easy data clearly so; when classes are several clusters, or differ in spread rather than in mean,
