@@ -67,7 +67,7 @@ def distill(
         )
     chosen = choose(method)
     master = load_classifier(teacher)
-    seed = master.manifest["seed"] if seed is None else seed
+    seed = int(master.manifest["seed"]) if seed is None else seed
     out = Path(out) if out else default_out(data, method)
     request = request_of(data, method, master.manifest["request"]["backbone"], seed, class_weights) | {
         "teacher": master.fingerprint,

@@ -222,9 +222,8 @@ class Expedit(Accelerate):
 
     def grid(self, full: Grid) -> Grid:
         chosen: Options = self.options
-        small = tuple(
-            given or usual for given, usual in zip((chosen.height, chosen.width), scaled(full, SIDE), strict=True)
-        )
+        rows, columns = scaled(full, SIDE)
+        small = (chosen.height or rows, chosen.width or columns)
         if not smaller(small, full):
             raise UsageError(
                 f"{small[0]} x {small[1]} clusters for {full[0]} x {full[1]} tokens: expected fewer, and no more rows "
