@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
@@ -13,10 +15,11 @@ import psutil
 import pytest
 from tests.scale.conftest import Start, wait_until
 
-from foveal.core.errors import UsageError
+from foveal.core.errors import MissingExtra, UsageError
 from foveal.verbs import _ray
 from foveal.verbs._ray import cluster as reach
 from foveal.verbs._ray import share
+from foveal.verbs.reproduce import versions
 
 MEASURED = ("method", "seed", "accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece", "trained_params")
 METHODS = "linear,naive-bayes-probe,full:epochs=2,batch_size=16"
@@ -111,6 +114,23 @@ def test_a_server_of_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_ray, "REACH_S", 0.2)
         with pytest.raises(UsageError, match="no Ray cluster"), reach(f"127.0.0.1:{server.getsockname()[1]}"):
             pass
+
+
+def test_without_ray_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtra, match=r"--ray needs ray, which is not installed: pip install 'foveal\[ray\]'"):
+        reach("local").__enter__()
+
+
+def test_nodes_of_other_versions_are_refused() -> None:
+    here = versions()
+    _ray.check_versions(here)
+    with pytest.raises(
+        UsageError, match=rf"has torch {re.escape(here['torch'])} \(expected 1\.0\): install the versions"
+    ):
+        _ray.check_versions({**here, "torch": "1.0"})
+    told = _ray.unreachable("10.0.0.1:6379", RuntimeError("Version mismatch: The cluster was started with Ray: 2.0"))
+    assert "the cluster runs other versions than this machine" in str(told)
 
 
 def test_processors_are_shared_out() -> None:

@@ -242,7 +242,7 @@ class Bundle:
             raise BundleError(f"{MEMORY} in Bundle {self.path} was edited or is damaged: give old images with --old")
         return read_exemplars(file, self.classes)
 
-    def labels_of(self, dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+    def labels_of(self, dataset: Dataset, rows: np.ndarray | list[int]) -> np.ndarray:
         """Labels of some images in this Bundle's order of classes, of which the data may have only some: int64 [n], or
         uint8 [n, C] of 0 and 1."""
         place = np.array([self.classes.index(name) for name in dataset.classes])

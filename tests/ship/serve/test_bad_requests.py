@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 from tests.ship.serve.conftest import Server, serving
 
+from foveal.ship.serve.protocol import HEAD_SECONDS
+
 BODY_MB, BODY_SECONDS = 2, 1.5
 
 
@@ -226,6 +228,14 @@ def test_a_client_that_trickles_its_body_is_cut_off(server: Server, expected: li
 def test_a_body_that_never_comes(server: Server):
     answer, _ = talk(server, POST + b"content-length: 10\r\n\r\n")
     assert status_of(answer) == 408
+
+
+def test_a_head_that_never_ends_is_cut_off(server: Server, expected: list[dict], good: list[Path]):
+    answer, seconds = talk(server, b"POST /predict HTTP/1.1\r\nhost: x\r\n", end=HEAD_SECONDS + 10)
+    assert status_of(answer) == 408
+    assert b"the head took longer" in answer
+    assert HEAD_SECONDS <= seconds < HEAD_SECONDS + 10
+    assert ask(server, good) == expected
 
 
 def test_a_body_longer_than_announced_is_not_read(server: Server, expected: list[dict], good: list[Path]):

@@ -99,10 +99,10 @@ def test_what_is_no_image_is_said_and_the_page_goes_on(
     page.close()
 
 
-def test_a_token_is_asked_for_and_an_open_page_does_not_keep_the_server_from_stopping(
+def test_a_token_is_asked_for_and_an_open_page_of_several_processes_does_not_keep_them_from_stopping(
     small: Path, browser: Browser, good: list[Path]
 ):
-    with serving(small, "--token", "secret") as server:
+    with serving(small, "--token", "secret", "--workers", 2, "--threads", 1) as server:
         refused = server.get("/")
         assert refused.status_code == 401
         assert refused.headers["www-authenticate"].startswith("Basic")
