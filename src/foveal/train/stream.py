@@ -22,10 +22,10 @@ from foveal.core.preprocessing import Preprocessing
 from foveal.core.seeds import derive, generator
 from foveal.data.dataset import Dataset
 from foveal.data.images import to_pixels
-from foveal.features.session import pick_device
 from foveal.train.events import Event, Listener, silent
 from foveal.train.feed import Feed, LabelledImages
-from foveal.train.loop import train
+from foveal.train.loop import choose_device, train
+from foveal.train.processes import accelerator_for
 
 BATCH = 32
 
@@ -105,7 +105,7 @@ def stored_given(
     on_event: Listener = silent,
 ) -> dict[str, np.ndarray] | None:
     """`Continual.given` of some images, on disk; None when the method needs the images themselves."""
-    target = pick_device(device)
+    target = choose_device(device, accelerator_for(device))
     grown = grown.to(target).eval()
     arrays: dict[str, np.ndarray] = {}
     for start in range(0, len(rows), BATCH):
@@ -185,7 +185,7 @@ def both(
     old: Classifier, new: Classifier, dataset: Dataset, rows: np.ndarray, preprocessing: Preprocessing, device: str
 ) -> tuple[Tensor, Tensor]:
     """Logits [n, C_old] and [n, C] of two models for the very same batches, so that equal ones are equal bit by bit."""
-    target = pick_device(device)
+    target = choose_device(device, accelerator_for(device))
     models = [model.to(target).eval() for model in (old, new)]
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for start in range(0, len(rows), BATCH):
