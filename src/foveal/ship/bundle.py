@@ -47,9 +47,11 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=nn.Module)
 CHUNK = 1024
-SMALLEST = 1 / 64
-"""How little of an architecture's numbers a shrunk model may hold; a smaller one is not opened, for the architecture is
-built before it is shrunk, and takes memory."""
+SMALLEST = 1 / 32
+"""How little of an architecture's numbers a shrunk model may hold. The architecture is built before it is shrunk, and
+takes memory; whoever made the Bundle shall not choose how much."""
+ROOM = 100_000_000
+"""Numbers that any shrunk model's architecture may have."""
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -213,7 +215,7 @@ class Bundle:
         Args:
             held: how many numbers its weights file holds.
         """
-        described, most = self.manifest["backbone"], int(held / SMALLEST) if self.steps else held
+        described, most = self.manifest["backbone"], room_for(held) if self.steps else held
         if not self.method.reads_features():
             backbone = rebuild_backbone(described, most=most)
             added = sum(method.added(plan) for method, plan in self.steps if isinstance(method, Continual))
@@ -333,6 +335,11 @@ class Bundle:
                     "fit again"
                 )
         return probabilities, scores, errors
+
+
+def room_for(held: int) -> int:
+    """How many numbers the architecture may have of which a shrunk model holds `held`."""
+    return max(int(held / SMALLEST), ROOM)
 
 
 def filled(module: M, weights: Mapping[str, Tensor]) -> M:

@@ -14,10 +14,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from foveal.backbones.adapter import Backbone
+from foveal.backbones.adapter import Backbone, rebuild_backbone
 from foveal.core import catalogue
 from foveal.core.bundle import write_json
-from foveal.core.errors import DataError, UsageError
+from foveal.core.errors import BackboneError, DataError, UsageError
 from foveal.core.families.shrink import QUANTITIES, Accelerate, Quantity, Shrink, Shrunk, Target
 from foveal.core.folders import claim
 from foveal.core.method import Classifier
@@ -31,7 +31,7 @@ from foveal.evaluate.cost import macs
 from foveal.evaluate.metrics import measure
 from foveal.features.session import pick_device
 from foveal.ship.beside import Exporter, latency_share, timed_beside
-from foveal.ship.bundle import Bundle, load_classifier
+from foveal.ship.bundle import Bundle, load_classifier, room_for
 from foveal.ship.variants import HeldOut
 from foveal.train.classify import predict_logits
 from foveal.train.tuning import TrainingImages
@@ -144,6 +144,7 @@ def shrink_bundle(
     )
     before, exporter = bundle.model.classifier, exporter_for(bundle, prepared, splits)
     after, made = run_chain(before, chain, goal, training, exporter)
+    check_opens(bundle, after)
     adapted = as_adapted(bundle, after, prepared, splits, training, device, time.perf_counter() - start)
     record = compare(bundle, adapted, prepared, splits, chain, exporter, max_drop, device, progress)
     record["target"] = goal and {"quantity": goal.quantity, "share": goal.share}
@@ -255,6 +256,21 @@ def run_chain(
         made.append(method.shrink(current, training, target))
         current = made[-1].module.eval()
     return current.cpu(), made
+
+
+def check_opens(bundle: Bundle, after: Classifier) -> None:
+    """
+    Raises:
+        UsageError: so little is left that the Bundle would not be opened again.
+    """
+    held = sum(value.numel() for value in after.state_dict().values())
+    try:
+        rebuild_backbone(bundle.manifest["backbone"], most=room_for(held))
+    except BackboneError as error:
+        raise UsageError(
+            f"so little is left that the Bundle could not be opened again ({error}): ask for less, or fit a smaller "
+            "backbone"
+        ) from None
 
 
 def as_adapted(

@@ -125,10 +125,10 @@ def test_packing_loses_nothing(count: int):
 
 def test_folding_keeps_the_answers_and_the_activations():
     model, x = classifier(), images()
-    before = model(x)
+    before, norms = model(x), [each for each in model.modules() if isinstance(each, nn.BatchNorm2d)]
     pairs = foldable(model, x)
     fold(model, pairs)
-    assert len(pairs) == 15
+    assert len(pairs) == len(norms) > 10
     assert not [each for each in model.modules() if isinstance(each, nn.BatchNorm2d)]
     assert torch.allclose(model(x), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
     with pytest.raises(UsageError, match="expected a layer and a batch norm"):
