@@ -32,7 +32,7 @@ CONFIG = {
 
 
 def plan(arch: str = "vit_base_patch32_clip_quickgelu_224") -> Plan:
-    return Plan("small", arch, SMALL, Preprocessing(SIDE, (0.5,) * 3, (0.5,) * 3), 32, "folder small")
+    return Plan("small", arch, SMALL, Preprocessing(SIDE, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), 32, "folder small")
 
 
 def test_it_answers_as_transformers_clip():

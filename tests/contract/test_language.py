@@ -26,6 +26,7 @@ from foveal.train.loop import train
 from foveal.train.pairs import PairFeed
 
 SIZE = 64
+HALF = (0.5, 0.5, 0.5)
 METHODS = catalogue.names("language")
 LIGHT = {"text": "scratch", "dim": 8, "epochs": 2, "batch_size": 6, "lr": 1e-3}
 """Options that set how much work is done, where a method has one of the name."""
@@ -42,9 +43,7 @@ def backbone_of(family: str) -> Backbone:
     torch.manual_seed(0)
     if family == "windowed":
         args = {"img_size": SIZE, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
-        plan = Plan(
-            "swin", "swin_tiny_patch4_window7_224", args, Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3), 32, "random"
-        )
+        plan = Plan("swin", "swin_tiny_patch4_window7_224", args, Preprocessing(SIZE, HALF, HALF), 32, "random")
         return Backbone(plan, build(plan)).eval()
     name = {"cnn": "test_efficientnet", "vit": "test_vit", "hybrid": "test_coatnet"}[family]
     return load_backbone(name, pretrained=False, size=SIZE).eval()

@@ -169,7 +169,9 @@ def test_names_alone_tell_photos_apart(monkeypatch: pytest.MonkeyPatch, tmp_path
     names, meanings = class_rows.imagenet_names()
     kept = [*range(281, 286), *range(0, 1000, 20)]
     monkeypatch.setenv("FOVEAL_CACHE", str(tmp_path))
-    rows = F.normalize(class_rows.imagenet_classifier(offline=True).head.weight.detach()[kept])
+    weight = class_rows.imagenet_classifier(offline=True).head.weight
+    assert isinstance(weight, torch.Tensor)
+    rows = F.normalize(weight.detach()[kept])
     texts = class_rows.known_texts(sentence_encoder(), [names[k] for k in kept], [meanings[k] for k in kept])
     ridge = class_rows.fit_ridge(texts, rows)
     monkeypatch.setattr(class_rows, "imagenet_ridge", lambda *_, **__: (ridge, 1.5))

@@ -23,7 +23,7 @@ from foveal.core.errors import BackboneError
 from foveal.core.preprocessing import Preprocessing
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-ARCHS = {
+ARCHS: dict[tuple[int, ...], str] = {
     (768, 12, 32, 224): "vit_base_patch32_clip{}_224",
     (768, 12, 16, 224): "vit_base_patch16_clip{}_224",
     (1024, 24, 14, 224): "vit_large_patch14_clip{}_224",

@@ -52,8 +52,9 @@ def towers() -> Towers:
     return made()
 
 
-def made(**given: object) -> Towers:
-    method = Clip(Options(text="scratch", dim=16, **given))  # type: ignore[arg-type]
+def made() -> Towers:
+    method = catalogue.create("clip:text=scratch,dim=16")
+    assert isinstance(method, Clip)
     towers = method.attach(small_vit(0, patch=16, width=32, depth=1), CausalText(32, 2, context=20))
     assert isinstance(towers, Towers)
     return towers
@@ -147,7 +148,8 @@ def test_wrong_widths_patches_and_pixels(towers: Towers):
 
 
 def test_what_is_pretrained_learns_more_slowly_or_not_at_all():
-    method = Clip(Options(text="scratch", dim=16, pretrained=0.0, learn_temperature=False))
+    method = catalogue.create("clip:text=scratch,dim=16,pretrained=0,learn_temperature=false")
+    assert isinstance(method, Clip)
     image = small_vit(0, patch=16, width=32, depth=1)
     known = Backbone(image.plan.__class__(**{**vars(image.plan), "origin": "package"}), image.model)
     frozen = method.attach(known, CausalText(32, 1, context=20))
@@ -156,7 +158,8 @@ def test_what_is_pretrained_learns_more_slowly_or_not_at_all():
     assert not frozen.train().image.training
     assert frozen.text.training
     assert not frozen.log_scale.requires_grad
-    slow = Clip(Options(text="scratch", dim=16, pretrained=0.5))
+    slow = catalogue.create("clip:text=scratch,dim=16,pretrained=0.5")
+    assert isinstance(slow, Clip)
     model = slow.attach(known, CausalText(32, 1, context=20))
     assert isinstance(model, Towers)
     groups = slow.parameter_groups(model, slow.recipe())
