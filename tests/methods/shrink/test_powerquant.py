@@ -11,7 +11,7 @@ from PIL import Image
 from tests.methods.adapt.small_backbones import images, small_cnn, small_vit
 from torch import nn
 
-from foveal.backbones.folding import fold, foldable
+from foveal.backbones.folding import fold, foldable, folded
 from foveal.core.errors import BackboneError, UsageError
 from foveal.core.families.shrink import Target
 from foveal.core.method import Classifier
@@ -133,6 +133,27 @@ def test_folding_keeps_the_answers_and_the_activations():
     assert torch.allclose(model(x), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
     with pytest.raises(UsageError, match="expected a layer and a batch norm"):
         fold(model, pairs[:1])
+
+
+def test_a_layer_that_somebody_else_reads_is_not_folded():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.norm, self.own, self.last = (
+                nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4),
+            )  # fmt: skip
+            for norm in (self.norm, self.last):
+                nn.init.normal_(norm.running_mean)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            return x + self.last(self.own(self.norm(x)))
+
+    model, x = Shared().eval(), images()
+    before = model(x)
+    assert folded(model, x) == [("own", "last")]
+    assert torch.allclose(model(x), before, atol=1e-5)
 
 
 @pytest.mark.parametrize(("bits", "share"), [(8, 0.35), (4, 0.25)])
