@@ -15,7 +15,7 @@ from foveal.data.glyphs import STROKES, glyph
 from foveal.methods.generate.diffedit import Diffedit, Options
 from foveal.train.painter import teach
 
-SIZE, STEPS, TEST = 16, 350, 16
+SIZE, STEPS, TEST = 16, 250, 16
 CHANGED = 0.15
 """Of the brightness range: what counts as a changed pixel."""
 
