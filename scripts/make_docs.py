@@ -54,8 +54,10 @@ WORKS = {
     "exported to ONNX, it answers the same",
     "explain": "the same seed gives the same map, whatever other images come with it, in memory that does not grow "
     "with their number; nothing is left on the model, also after a crash",
-    "language": "the same seed gives the same towers; saved and loaded, they give the same vectors, and a classifier of "
-    "words exported to ONNX answers the same",
+    "generate": "the same seed gives the same picture, and what lies outside of the mask stays as it was; nothing is "
+    "left on the model, also after a crash",
+    "language": "the same seed gives the same towers; saved and loaded, they give the same vectors, and a classifier "
+    "of words exported to ONNX answers the same",
     "pretrain": "the same seed gives the same weights, also after a kill; they load strictly into the plain network, "
     "and nothing is left on it, also after a crash",
     "robust": "the network is as before, bit by bit; the same seed gives the same attack, also after a kill; it stays "
