@@ -80,7 +80,7 @@ def test_the_same_command_again_and_another(bundle: Path, made: dict[str, Any]):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda steps: steps[0].update(name="linear"), "names linear as a step"),
+        (lambda steps: steps[0].update(name="linear", options={}), "names linear as a step"),
         (lambda steps: steps[0]["plan"]["sizes"].update(nowhere={"out": 1}), "the plan resizes nowhere"),
         (lambda steps: steps[0]["plan"].pop("sizes"), "sizes"),
         (lambda steps: steps[1]["plan"]["bits"].update(head=9), "codes head with 9 bits"),
