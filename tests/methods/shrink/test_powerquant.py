@@ -99,7 +99,7 @@ def test_a_channel_of_zeros_and_bad_input():
     codes, unit = power_codes(weight, 0.6, 4)
     assert float(codes[2].abs().max()) == 0
     assert unit[2] == 1
-    with pytest.raises(UsageError, match=r"exponent 0.0: expected a positive number"):
+    with pytest.raises(UsageError, match=r"exponent 0.0: expected at least 0.1"):
         power_codes(weight, 0.0, 4)
     with pytest.raises(UsageError, match="9 bits: expected 2 to 8"):
         power_codes(weight, 0.5, 9)

@@ -13,7 +13,8 @@ is q (int8; two to a byte up to 4 bits), s_c^(1/a) and a; decoding is a table of
 
 Where we depart: activations stay float32 here; `foveal export --int8` rounds them, on ranges met on training images
 rather than those of batch norm statistics. Below 8 bits the first and the last layer keep 8 uniform ones. With an
-`exponent` of 0.5 and 4 bits q^2 <= 49, so that export holds these very weights in int8, without further rounding.
+`exponent` of 0.5 and 4 bits q^2 <= 49, so that export holds these very weights in int8, without further rounding (but
+for channels that are all but dead, where int32 could not hold the bias).
 
 When not to use it: to be faster at any other exponent (the file shrinks, float32 kernels run); when the model will
 train on (integers do not); at 8 bits for speed alone (`foveal export --int8` is as good).
@@ -50,10 +51,10 @@ def power_codes(
     A channel of zeros has codes 0 and unit 1.
 
     Raises:
-        UsageError: an exponent that is not positive, bits outside 2..8, or weights that are not finite.
+        UsageError: an exponent below 0.1, bits outside 2..8, or weights that are not finite.
     """
-    if not exponent > 0:
-        raise UsageError(f"exponent {exponent}: expected a positive number")
+    if not exponent >= GRID[0]:
+        raise UsageError(f"exponent {exponent}: expected at least {GRID[0]}, for float32 to hold the levels")
     if not 2 <= bits <= 8:
         raise UsageError(f"{bits} bits: expected 2 to 8")
     if not torch.isfinite(weight).all():
