@@ -60,8 +60,8 @@ WORKS = {
     "of words exported to ONNX answers the same",
     "pretrain": "the same seed gives the same weights, also after a kill; they load strictly into the plain network, "
     "and nothing is left on it, also after a crash",
-    "retrieve": "the backbone is as before, bit by bit; the same seed gives the same embedding, also after a kill; saved "
-    "and loaded, and in the fast session, it gives the same vectors",
+    "retrieve": "the backbone is as before, bit by bit; the same seed gives the same embedding, also after a kill; "
+    "saved and loaded, and in the fast session, it gives the same vectors",
     "robust": "the network is as before, bit by bit; the same seed gives the same attack, also after a kill; it stays "
     "within its budget, on any image",
     "shrink": "the original is as before, bit by bit; the same seed gives the same smaller model; rebuilt from its "
