@@ -8,6 +8,7 @@ from PIL import Image
 
 from foveal.blocks.cover import Cosine, Hamming, Steps, greedy_cover, grouped_cover
 from foveal.core.errors import DataError, UsageError
+from foveal.core.options import describe_options
 from foveal.data.open import open_dataset
 from foveal.methods.curate.less_is_more import LessIsMore, Options, dhash, read_window, to_grey
 
@@ -140,6 +141,11 @@ def test_an_empty_pool():
 def test_a_radius_out_of_range(radius: int):
     with pytest.raises(ValueError, match="radius"):
         Options(radius=radius)
+
+
+def test_the_table_of_options_knows_the_radius():
+    row = next(row for row in describe_options(Options) if row["name"] == "radius")
+    assert (row["type"], row["range"], row["default"]) == ("integer", ">= 0, <= 64", None)
 
 
 def bits(image: Image.Image) -> np.ndarray:
