@@ -21,6 +21,7 @@ from foveal.core.preprocessing import Preprocessing
 from foveal.core.seeds import seed_everything
 from foveal.data.clips import Clips, MemoryClip
 from foveal.features.clips import judge_clips
+from foveal.features.graph import to_onnx
 from foveal.train.clips import LabelledClips
 from foveal.train.loop import train
 
@@ -133,7 +134,7 @@ def test_it_exports(name: str, family: str, tmp_path: Path):
     x = torch.randn(1, FRAMES, 3, SIZE, SIZE)
     with torch.no_grad():
         expected = model(x).numpy()
-        torch.onnx.export(model, (x,), tmp_path / "m.onnx", input_names=["clips"], dynamo=False, opset_version=18)
+    to_onnx(model, [x], tmp_path / "m.onnx", inputs=["clips"], outputs=["logits"], dynamic={})
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"clips": x.numpy()})
     np.testing.assert_allclose(np.asarray(found), expected, atol=1e-3, rtol=1e-3)

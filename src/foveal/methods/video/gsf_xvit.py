@@ -16,8 +16,9 @@ Where we depart: AdamW with a cosine instead of SGD; F is rounded down to a mult
 (authors' code stops there); the head for actions is the product of the parts' probabilities over the pairs seen in
 training. The report's own ensemble is not known in detail; two Bundles are fused by `foveal.evaluate.fusion`.
 
-When not to use it: when single frames tell the classes apart (fit a few frames as images, `mixer=none`); for clips
-of minutes, or for actions located in time.
+When not to use it: when single frames tell the classes apart (fit a few frames as images, `mixer=none`); on small
+networks without pretraining, which learnt the order on some seeds only, XViT on fewer than GSF (see the card); for
+clips of minutes, or for actions located in time.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ class TemporalAttention(ClipClassifier):
         for block in self.backbone.blocks:
             tokens = block(tokens)
         frames = unfold(self.backbone.finish_tokens(tokens), self.frames)
-        sequence = torch.cat([self.token.expand(len(frames), -1, -1), frames], 1) + self.place
+        sequence = torch.cat([self.token.expand(frames.shape[0], -1, -1), frames], 1) + self.place
         return self.norm(self.over_time(sequence)[:, 0])
 
 
