@@ -237,14 +237,20 @@ def pyramid(backbone: Backbone, size: int, most: int = 4) -> Pyramid:
     """
     if backbone.family != "cnn":
         raise BackboneError(f"{backbone.arch} ({backbone.family}) is not a network of convolutions alone: {INSTEAD}")
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
+    with torch.no_grad(), evaluating(backbone):
+        return look(backbone, size, most)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Generator[None]:
+    """Within the block a module is in eval mode; afterwards each of its parts is in the mode it was in."""
+    modes = [(each, each.training) for each in module.modules()]
+    module.eval()
     try:
-        with torch.no_grad():
-            return look(backbone, size, most)
+        yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for each, mode in modes:
+            each.training = mode
 
 
 def look(backbone: Backbone, size: int, most: int) -> Pyramid:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from foveal.backbones.adapter import Backbone, normalise
+from foveal.backbones.masked import evaluating
 from foveal.backbones.weights import FORMAT, RECORD, TENSORS
 from foveal.core.bundle import atomic_folder, read_json, sha256, write_json
 from foveal.core.errors import DataError, UsageError
@@ -110,7 +110,7 @@ class Probe:
         labels = self.pool.dataset.labels[self.rows]
         told = self.pool.labelled and len(np.unique(labels)) > 1
         views = self.images[:, None].expand(-1, self.method.views().count, -1, -1, -1)
-        with torch.no_grad(), torch.random.fork_rng([]), evaluated(model):
+        with torch.no_grad(), torch.random.fork_rng([]), evaluating(model):
             torch.manual_seed(derive(self.seed, "probe"))
             parts = self.method.loss(model, {"views": views})
         return {
@@ -122,26 +122,11 @@ class Probe:
 
     def pictures(self, model: nn.Module, preprocessing: Preprocessing) -> list[tuple[str, list[np.ndarray]]]:
         """(caption, pictures uint8 [S, S, 3]) of the first few images, and of what the method makes of them."""
-        with torch.no_grad(), torch.random.fork_rng([]), evaluated(model):
+        with torch.no_grad(), torch.random.fork_rng([]), evaluating(model):
             torch.manual_seed(derive(self.seed, "pictures"))
             made = self.method.pictures(model, self.images[:SHOWN])
         drawn = [(name, list(to_uint8(images, preprocessing))) for name, images in made.items()]
         return [("the image", list(self.pixels[:SHOWN])), *drawn]
-
-
-class evaluated:
-    """Within the block a module is in eval mode; afterwards each of its parts is in the mode it was in."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-
-    def __exit__(self, *raised: Any) -> None:
-        for module, mode in self.modes:
-            module.training = mode
 
 
 def to_uint8(images: Tensor, preprocessing: Preprocessing) -> np.ndarray:
@@ -179,8 +164,3 @@ def write_weights(
         save_file(tensors, folder / TENSORS, {"architecture": backbone.arch})
         write_pretrained(folder / "report.html", record, pictures)
         write_json(folder / RECORD, {"format": FORMAT, **record, "sha256": sha256(folder / TENSORS)})
-
-
-def parent_copy(backbone: Backbone) -> Backbone:
-    """A backbone of the same weights that belongs to the trainer."""
-    return copy.deepcopy(backbone).train()

@@ -34,6 +34,7 @@ def pretrain(
 
     Example: foveal pretrain sample:elpv --method spark:decoder_width=64 --size 96 --budget 10m --out weights
     """
+    import copy
     import shutil
     import time
     from dataclasses import replace
@@ -54,7 +55,7 @@ def pretrain(
     from foveal.train.views import ViewFeed
     from foveal.verbs._adapt import report_event
     from foveal.verbs._prepare import check_choices, parse_budget, source_of
-    from foveal.verbs._pretrained import Probe, finished, parent_copy, read_pool, write_weights
+    from foveal.verbs._pretrained import Probe, finished, read_pool, write_weights
     from foveal.verbs.fit import default_out
     from foveal.verbs.reproduce import versions
 
@@ -75,7 +76,7 @@ def pretrain(
 
     seed_everything(derive(seed, "init"))
     parent = load_backbone(backbone, pretrained=not scratch, offline=offline, size=size)
-    model = chosen.attach(parent_copy(parent))
+    model = chosen.attach(copy.deepcopy(parent).train())
     with team.main_first():
         pool = read_pool(data, parent, offline=offline, device=device, progress=progress)
     work = out.with_name(out.name + ".work")

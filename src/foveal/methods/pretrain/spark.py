@@ -216,4 +216,7 @@ class Spark(Pretrain):
             2, keepdim=True
         )
         whole = F.fold(painted.mT, images.shape[2:], model.stride, stride=model.stride)
-        return {"what it saw": images * seen, "what it painted": torch.where(seen, images, whole)}
+        return {
+            "what it saw": images * seen,
+            "what it painted, told each cell's mean and contrast": torch.where(seen, images, whole),
+        }
