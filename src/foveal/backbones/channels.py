@@ -102,7 +102,7 @@ def dependencies(model: Classifier) -> list[Group]:
             raise BackboneError(
                 f"torch-pruning cannot follow {backbone.arch} ({reason}): choose another backbone"
             ) from None
-    names = {module: name for name, module in probe.named_modules()}
+    names: dict[nn.Module, str] = {module: name for name, module in probe.named_modules()}
     stem = next((name for name, module in probe.named_modules() if isinstance(module, nn.Conv2d)), "")
     found: list[Group] = []
     for items in raw:
@@ -256,7 +256,7 @@ def describe(module: Any) -> dict[str, int]:
         return {"out": module.num_features}
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         return {"out": module.normalized_shape[0]}
-    return {"heads": module.num_heads} if hasattr(module, "attn_dim") and hasattr(module, "num_heads") else {}
+    return {"heads": int(module.num_heads)} if hasattr(module, "attn_dim") and hasattr(module, "num_heads") else {}
 
 
 def resize(model: Classifier, plan: Mapping[str, Mapping[str, int]]) -> None:

@@ -145,7 +145,7 @@ def test_bad_paths_no_images_and_losses_that_are_no_number(mlp: Mlp):
         (12, 0.5, 8, 6),
         (2, 0.9, 8, 1),
         (24, 0.0, 8, 24),
-        (20, 0, 8, 20),
+        (20, 0.0, 8, 20),
     ],
 )
 def test_no_layer_is_emptied_and_counts_are_rounded(units: int, rate: float, round_to: int, kept: int):
@@ -171,11 +171,11 @@ class Data(TaskData):
 
 
 def classifier(kind: str) -> Classifier:
-    concatenating = {"block_config": (2, 2), "growth_rate": 8, "num_init_features": 16}
+    concatenating = {"block_config": (2, 2), "growth_rate": 8}
     make = {
         "cnn": small_cnn,
         "vit": lambda: small_vit(depth=2),
-        "dense": lambda: random_backbone("densenet121", 32, 0, **concatenating),
+        "dense": lambda: random_backbone("densenet121", 56, 0, **concatenating),
     }
     backbone = make[kind]()
     torch.manual_seed(3)

@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from foveal.backbones.adapter import Backbone
 from foveal.backbones.folding import fold, folded
 from foveal.blocks.codes import Codes
 from foveal.core.errors import BackboneError, UsageError
@@ -209,7 +210,7 @@ class Powerquant(Shrink):
             raise BackboneError("every layer of this model is coded already, or it has none: powerquant has no work")
         model = copy.deepcopy(model).eval().requires_grad_(False)
         like = next(model.buffers(), next(model.parameters(), torch.zeros(0)))
-        side = model.backbone.preprocessing.size
+        side = cast(Backbone, model.backbone).preprocessing.size
         images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(like.device)
         return model, folded(model, images)
 

@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveal.backbones.channels import Group, groups, remove, resize, sizes
 from foveal.core.errors import FovealError, UsageError
@@ -38,7 +38,7 @@ from foveal.core.families.shrink import Quantity, Shrink, Shrunk, Target, TaskDa
 from foveal.core.method import Classifier, Spec, classification_loss, method
 from foveal.core.options import option, options
 
-Part = tuple[nn.Parameter, Tensor]
+Part = tuple[Tensor, Tensor]
 """A parameter, channels first, and the channels that belong to each neuron [units, k]."""
 MOST = 0.95
 """The largest rate that is tried to reach a target."""
