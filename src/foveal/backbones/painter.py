@@ -58,7 +58,7 @@ class PixelPainter(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         try:
-            from diffusers import UNet2DModel
+            from diffusers.models.unets.unet_2d import UNet2DModel
         except ImportError:
             raise MissingExtra("diffusers", "generate", "a diffusion model") from None
         self.plan = plan
@@ -124,7 +124,8 @@ class LatentPainter:
 
     def __init__(self, folder: Path) -> None:
         try:
-            from diffusers import AutoencoderKL, UNet2DConditionModel
+            from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+            from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
             from transformers import CLIPTextModel, CLIPTokenizer
         except ImportError:
             raise MissingExtra("diffusers and transformers", "generate,language", "Stable Diffusion") from None

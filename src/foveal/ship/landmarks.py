@@ -46,7 +46,8 @@ class Reading(nn.Module):
 
     def forward(self, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         maps = self.model(normalise(squares, self.preprocessing))
-        return *self.method.read(maps, (self.preprocessing.size,) * 2), maps
+        side = self.preprocessing.size
+        return *self.method.read(maps, (side, side)), maps
 
 
 class LandmarkManifest(OtherManifest):

@@ -117,7 +117,7 @@ def check_free(folder: Path) -> None:
 def cells(drawn: Image.Image, x: Tensor) -> Tensor:
     """A mask in grey -> the cells of `x` [1, C, h, w] of which at least half is white, bool [1, 1, h, w]."""
     grey = torch.from_numpy(np.array(drawn, np.float32))[None, None] / 255
-    return F.adaptive_avg_pool2d(grey, x.shape[-2:]) >= 0.5
+    return F.adaptive_avg_pool2d(grey, (x.shape[-2], x.shape[-1])) >= 0.5
 
 
 def picture(image: Tensor) -> Image.Image:
