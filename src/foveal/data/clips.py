@@ -139,6 +139,7 @@ class VideoFile:
         """
         try:
             import av
+            from av.error import FFmpegError
         except ImportError:
             raise MissingExtra("av", "video", "reading video files") from None
         try:
@@ -148,15 +149,16 @@ class VideoFile:
             ):
                 if not container.streams.video:
                     raise DataError("no video in the file")
+                reader: Any = container
                 stream: Any = container.streams.video[0]
                 if stream.width * stream.height > MAX_PIXELS:
                     raise DataError(f"{stream.width} x {stream.height} pixels: frames of up to 100 megapixels are read")
-                for number, frame in enumerate(container.decode(stream)):
+                for number, frame in enumerate(reader.decode(stream)):
                     if number >= MAX_FRAMES:
                         raise DataError(f"more than {MAX_FRAMES:,} frames: cut it into clips")
                     image = frame.to_image()
                     yield image.rotate(frame.rotation, expand=True) if frame.rotation else image
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             raise DataError(f"not a video, or truncated or damaged ({error.strerror or error})") from None
         except OSError as error:
             raise DataError(f"cannot be read ({error.strerror or error})") from None
@@ -314,7 +316,7 @@ def unlabelled_clips(paths: Sequence[str | Path]) -> list[tuple[str, Clip]]:
         DataError: a path that is missing, or a folder without a clip.
     """
     clips: list[tuple[str, Clip]] = []
-    for path in map(os.fspath, paths):
+    for path in [os.fspath(each) for each in paths]:
         if os.path.isdir(path):
             inside = found_clips(path)
             if not inside:

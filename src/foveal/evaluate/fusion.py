@@ -78,10 +78,11 @@ def fuse(
     scores = [np.asarray(member, np.float64) for member in members]
     if not scores or len({member.shape for member in scores}) != 1:
         raise DataError(f"members of shapes {', '.join(str(m.shape) for m in scores) or 'none'}: expected equal ones")
-    for number, names in enumerate(classes or ()):
-        if list(names) != list((classes or ())[0]):
+    named = [list(names) for names in classes or ()]
+    for number, names in enumerate(named):
+        if names != named[0]:
             raise DataError(
-                f"member {number} has classes {', '.join(names)}, member 0 {', '.join((classes or ())[0])}: "
+                f"member {number} has classes {', '.join(names)}, member 0 {', '.join(named[0])}: "
                 "expected the same in the same order"
             )
     w = np.ones(len(scores)) if weights is None else np.asarray(weights, np.float64)
