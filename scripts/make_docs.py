@@ -93,7 +93,9 @@ def method_page(name: str) -> str:
     paper = f"[arXiv {spec.arxiv}](https://arxiv.org/abs/{spec.arxiv}), " if spec.arxiv else ""
     parts = [
         f"# {name}",
-        f"{spec.title} ({paper}{spec.year}). Family {spec.family}; needs {needs(spec)}; {', '.join(spec.tasks)}.",
+        f"{spec.title} ({paper}{spec.year}). Family {spec.family}; "
+        + "; ".join(filter(None, [f"needs {needs(spec)}", ", ".join(spec.tasks)]))
+        + ".",
         inspect.getdoc(sys.modules[cls.__module__]) or "",
         "## Options",
         table(describe_options(cls.Options), ["name", "type", "default", "range", "help"]),
@@ -173,7 +175,7 @@ def verbs_page() -> str:
             option = parameter.kind is parameter.KEYWORD_ONLY
             default = "" if parameter.default in (parameter.empty, None) else parameter.default
             dashes = "-" if len(key) == 1 else "--"
-            shown = f"`{dashes}{key.replace('_', '-')}`" if option else f"`{key.upper()}`"
+            shown = f"`{dashes}{key.rstrip('_').replace('_', '-')}`" if option else f"`{key.upper()}`"
             rows.append({"argument": shown, "default": default, "meaning": help_text})
         parts += [f"## {name}", inspect.getdoc(verb) or ""]
         parts += [table(rows, ["argument", "default", "meaning"])] if rows else []
