@@ -175,7 +175,7 @@ def classifier(kind: str) -> Classifier:
     make = {
         "cnn": small_cnn,
         "vit": lambda: small_vit(depth=2),
-        "dense": lambda: random_backbone("densenet121", 56, 0, **concatenating),
+        "dense": lambda: random_backbone("densenet121", 32, 0, **concatenating),
     }
     backbone = make[kind]()
     torch.manual_seed(3)
