@@ -30,7 +30,7 @@ def edit(
     Writes into --out edited.png, mask.png, original.png, index.html (side by side) and edit.json. Nothing is
     downloaded: without a diffusion model on this machine the message says how to get one.
 
-    Example: foveal edit photo.png --to "a bowl of pears" --from "a bowl of apples" --out pears
+    Example: foveal edit three.png --to 8 --from 3 --model glyphs --out eight
     """
     from foveal.verbs._edited import edit_image
 
