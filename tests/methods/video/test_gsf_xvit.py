@@ -51,7 +51,8 @@ def naive_gsf(module: GateShiftFuse, images: torch.Tensor) -> torch.Tensor:
         normed = F.batch_norm(
             x, module.norm.running_mean, module.norm.running_var, module.norm.weight, module.norm.bias
         ).relu()
-        g = torch.tanh(F.conv3d(normed.transpose(0, 1)[None], module.gate.weight, module.gate.bias, 1, 1, 1, 2))[0]
+        weight, bias = module.gate.weight.unflatten(0, (2, 3)).transpose(1, 2), module.gate_bias.flatten()
+        g = torch.tanh(F.conv3d(normed.transpose(0, 1)[None], weight, bias, 1, 1, 1, 2))[0]
         for half in range(2):
             rows = range(half * F_ // 2, (half + 1) * F_ // 2)
             y, r = torch.zeros(frames, len(rows), *x.shape[2:]), torch.zeros(frames, len(rows), *x.shape[2:])
@@ -88,7 +89,7 @@ def test_gsf_agrees_with_a_naive_loop_in_values_and_gradients():
 def test_a_closed_gate_is_no_identity():
     module = gsf()
     x = torch.randn(T, 8, 3, 3)
-    for parameter in [*module.gate.parameters(), *module.fuse.parameters()]:
+    for parameter in [*module.gate.parameters(), module.gate_bias, *module.fuse.parameters()]:
         nn.init.zeros_(parameter)
     halves = torch.cat([shuffle(half[None])[0] for half in (0.5 * x).split(4, 1)], 1)
     torch.testing.assert_close(module(x), halves)
@@ -99,7 +100,7 @@ def test_an_open_gate_is_a_pure_shift_and_a_shuffle():
     module = gsf()
     x = torch.randn(T, 8, 3, 3)
     nn.init.zeros_(module.gate.weight)
-    nn.init.constant_(module.gate.bias, 30.0)
+    nn.init.constant_(module.gate_bias, 30.0)
     for fuse in module.fuse:
         nn.init.zeros_(fuse.weight)
         nn.init.constant_(fuse.bias, 30.0)

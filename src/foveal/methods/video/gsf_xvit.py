@@ -54,20 +54,27 @@ def shuffle(x: Float[Tensor, "B T C H W"]) -> Float[Tensor, "B T C H W"]:
 
 
 class GateShiftFuse(nn.Module):
-    """GSF on the first `moving` of C channels: frames [B * T, C, H, W] -> the same shape."""
+    """GSF on the first `moving` of C channels: frames [B * T, C, H, W] -> the same shape.
+
+    The 3 x 3 x 3 convolution of the gate is one of 3 x 3 on every frame whose outputs, one for each half and each of
+    the frames before, at and after, are then summed over time; batch statistics over frames are those over clips.
+    """
 
     def __init__(self, frames: int, moving: int) -> None:
         super().__init__()
         if moving < 4 or moving % 4:
             raise UsageError(f"{moving} moving channels: GSF shuffles in quarters, expected a multiple of 4")
         self.frames, self.moving = frames, moving
-        self.norm = nn.BatchNorm3d(moving)
-        self.gate = nn.Conv3d(moving, 2, 3, padding=1, groups=2)
+        self.norm = nn.BatchNorm2d(moving)
+        self.gate = nn.Conv2d(moving, 6, 3, padding=1, groups=2, bias=False)
+        self.gate_bias = nn.Parameter(torch.zeros(2, 1, 1))
         self.fuse = nn.ModuleList(nn.Conv2d(2, 1, 3, padding=1) for _ in range(2))
 
     def gates(self, x: Float[Tensor, "B T F H W"]) -> Float[Tensor, "B T 2 H W"]:
         """One plane in -1..1 for each half of the channels."""
-        return self.gate(self.norm(x.transpose(1, 2)).relu()).tanh().transpose(1, 2)
+        taps = unfold(self.gate(self.norm(fold(x)).relu()), self.frames).unflatten(2, (2, 3))
+        before, at, after = taps.unbind(3)
+        return (shift(before, later=False) + at + shift(after, later=True) + self.gate_bias).tanh()
 
     def weights(self, half: int, y: Float[Tensor, "B T c H W"], r: Float[Tensor, "B T c H W"]) -> Tensor:
         """How much of a half's moved values is kept, [B, T, c, 1, 1] in 0..1."""
