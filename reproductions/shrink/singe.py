@@ -57,7 +57,7 @@ def reproduce(seed: int, tiny: bool) -> dict[str, float]:
     recipe = FullOptions(epochs=1 if tiny else 12, lr=2e-3, head_lr_multiplier=1.0, augment="none")
     outcome = measure(Full(recipe), net, chosen, train, test, seed)
     dense, layers = outcome.model, len(groups(outcome.model))
-    options = Options(images=32, between=1 if tiny else 6, after=1 if tiny else 60, steps=2 if tiny else 20)
+    options = Options(images=32, between=0 if tiny else 6, after=1 if tiny else 60, steps=2 if tiny else 20)
     half = Target("macs", 0.5, lambda model: share_of("macs", model, dense, SIZE))
 
     def run(method: Singe, target: Target | None) -> Shrunk:

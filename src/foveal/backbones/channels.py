@@ -248,7 +248,8 @@ def sizes(model: nn.Module, like: nn.Module) -> Sizes:
     return found
 
 
-def describe(module: Any) -> dict[str, int]:
+def describe(module: nn.Module) -> dict[str, int]:
+    attention: Any = module
     if isinstance(module, nn.Conv2d | nn.Linear):
         depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
         return {"out": len(module.weight)} | ({} if depthwise else {"in": module.weight.shape[1]})
@@ -256,7 +257,7 @@ def describe(module: Any) -> dict[str, int]:
         return {"out": module.num_features}
     if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         return {"out": module.normalized_shape[0]}
-    return {"heads": int(module.num_heads)} if hasattr(module, "attn_dim") and hasattr(module, "num_heads") else {}
+    return {"heads": attention.num_heads} if hasattr(module, "attn_dim") and hasattr(module, "num_heads") else {}
 
 
 def resize(model: Classifier, plan: Mapping[str, Mapping[str, int]]) -> None:
