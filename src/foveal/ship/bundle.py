@@ -22,13 +22,12 @@ from torch import Tensor, nn
 from foveal.backbones.adapter import Backbone, normalise, rebuild_backbone
 from foveal.blocks.codes import Codes
 from foveal.core import catalogue
-from foveal.core.bundle import BundleFiles, open_bundle, sha256
+from foveal.core.bundle import open_bundle, sha256
 from foveal.core.errors import BundleError, DataError
 from foveal.core.families.continual import Continual
 from foveal.core.families.shrink import Shrink
 from foveal.core.method import Adapt, Classifier, Task
 from foveal.core.options import parse_options
-from foveal.core.preprocessing import Preprocessing
 from foveal.core.task import OTHER_TASKS
 from foveal.data.dataset import Dataset
 from foveal.data.memory import NAME as MEMORY
@@ -41,6 +40,7 @@ from foveal.features.session import pick_device
 from foveal.features.stream import stream_pixels
 from foveal.ship.answer import answer, unreadable
 from foveal.ship.hub import fetch, on_hub
+from foveal.ship.opened import Opened
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,30 +98,8 @@ def load_classifier(path: str | Path, *, offline: bool = False) -> Bundle:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class Bundle(Opened):
     """A trained model with its classes, calibration, metrics and cost. `predict` answers for images."""
-
-    files: BundleFiles
-
-    @property
-    def path(self) -> Path:
-        return self.files.path
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return self.files.metrics
-
-    @property
-    def calibration(self) -> dict[str, Any]:
-        return self.files.calibration
-
-    @property
-    def cost(self) -> dict[str, Any]:
-        return self.files.cost
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        return self.files.manifest
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -136,18 +114,9 @@ class Bundle:
         """Images whose unknown score is above it are answered `unknown`."""
         return self.calibration["unknown"]["threshold"]
 
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return Preprocessing.from_dict(self.manifest["backbone"]["preprocessing"])
-
     @cached_property
     def method(self) -> Adapt:
-        chosen = self.manifest["method"]
-        cls = catalogue.get(chosen["name"])
-        method = cls(parse_options(cls.Options, chosen["options"], chosen["name"]))
-        if not isinstance(method, Adapt):
-            raise BundleError(f"Bundle {self.path} was made by {method.name}, which makes no classifier")
-        return method
+        return self.made_by(Adapt, "makes no classifier")
 
     @cached_property
     def steps(self) -> list[tuple[Shrink | Continual, dict[str, Any]]]:
@@ -253,9 +222,6 @@ class Bundle:
         labels = np.zeros((len(rows), len(self.classes)), np.uint8)
         labels[:, place] = dataset.labels[rows]
         return labels
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"bundle": str(self.path), "metrics": self.metrics, "cost": self.cost}
 
     def to_text(self) -> str:
         return (

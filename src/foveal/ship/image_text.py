@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,15 +18,13 @@ from foveal.backbones.adapter import rebuild_backbone
 from foveal.backbones.causal_text import BYTES, rebuild_text
 from foveal.backbones.text import TEMPLATES
 from foveal.backbones.towers import Towers
-from foveal.core import catalogue
 from foveal.core.bundle import BundleFiles
 from foveal.core.errors import BundleError, UsageError
 from foveal.core.families.language import Language
-from foveal.core.options import parse_options
-from foveal.core.preprocessing import Preprocessing
 from foveal.core.schema import MAX_JSON, OtherManifest, Stored, StoredBackbone
 from foveal.data.open import open_images
 from foveal.features.towers import encode_images, encode_texts
+from foveal.ship.opened import Opened, must_hold
 from foveal.ship.zero_shot import ZeroShot, of_towers
 
 if TYPE_CHECKING:
@@ -57,52 +55,17 @@ def open_image_text(files: BundleFiles) -> ImageTextBundle:
     Raises:
         BundleError: bundle.json lacks what two towers need.
     """
-    try:
-        ImageTextManifest.model_validate(files.manifest)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BundleError(
-            f"bundle.json in Bundle {files.path} is not as foveal writes it ({where}: {first['msg']}): "
-            "restore it or fit again"
-        ) from None
+    must_hold(files, "bundle.json", files.manifest, ImageTextManifest)
     return ImageTextBundle(files)
 
 
 @dataclass(frozen=True)
-class ImageTextBundle:
+class ImageTextBundle(Opened):
     """An image tower and a language tower with one space. `with_labels` makes a classifier of words."""
-
-    files: BundleFiles
-
-    @property
-    def path(self) -> Path:
-        return self.files.path
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        return self.files.manifest
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return self.files.metrics
-
-    @property
-    def cost(self) -> dict[str, Any]:
-        return self.files.cost
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return Preprocessing.from_dict(self.manifest["backbone"]["preprocessing"])
 
     @cached_property
     def method(self) -> Language:
-        chosen = self.manifest["method"]
-        cls = catalogue.get(chosen["name"])
-        method = cls(parse_options(cls.Options, chosen["options"], chosen["name"]))
-        if not isinstance(method, Language):
-            raise BundleError(f"Bundle {self.path} was made by {method.name}, which makes no two towers")
-        return method
+        return self.made_by(Language, "makes no two towers")
 
     @cached_property
     def tokenizer(self) -> str:
@@ -189,9 +152,6 @@ class ImageTextBundle:
         if labels is None:
             raise UsageError(f"{self.path} knows no classes of its own: say them, as in labels='a cat,a dog'")
         return self.with_labels(labels).predict(images, device=device, progress=progress)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"bundle": str(self.path), "metrics": self.metrics, "cost": self.cost}
 
     def to_text(self) -> str:
         image, text = self.manifest["backbone"]["name"], self.manifest["text"]["kind"]

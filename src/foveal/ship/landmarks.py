@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from foveal.backbones.adapter import normalise, rebuild_backbone
-from foveal.core import catalogue
 from foveal.core.bundle import BundleFiles
 from foveal.core.errors import BundleError, DataError, FovealError
 from foveal.core.families.dense import Dense
-from foveal.core.options import parse_options
 from foveal.core.preprocessing import Preprocessing
 from foveal.core.schema import OtherManifest, StoredBackbone
 from foveal.data.open import open_images
 from foveal.data.worlds import garbage
 from foveal.features.graph import OPSET, to_onnx
 from foveal.features.locate import locate
+from foveal.ship.opened import Opened, must_hold
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,57 +61,22 @@ def open_landmarks(files: BundleFiles) -> LandmarkBundle:
     Raises:
         BundleError: bundle.json lacks what a network of landmarks needs.
     """
-    try:
-        LandmarkManifest.model_validate(files.manifest)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BundleError(
-            f"bundle.json in Bundle {files.path} is not as foveal writes it ({where}: {first['msg']}): "
-            "restore it or fit again"
-        ) from None
+    must_hold(files, "bundle.json", files.manifest, LandmarkManifest)
     return LandmarkBundle(files)
 
 
 @dataclass(frozen=True)
-class LandmarkBundle:
+class LandmarkBundle(Opened):
     """A network that finds named points. `predict` answers for images."""
-
-    files: BundleFiles
-
-    @property
-    def path(self) -> Path:
-        return self.files.path
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        return self.files.manifest
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return self.files.metrics
-
-    @property
-    def cost(self) -> dict[str, Any]:
-        return self.files.cost
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the points, in the order of the network's maps."""
         return tuple(self.manifest["classes"])
 
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return Preprocessing.from_dict(self.manifest["backbone"]["preprocessing"])
-
     @cached_property
     def method(self) -> Dense:
-        chosen = self.manifest["method"]
-        cls = catalogue.get(chosen["name"])
-        method = cls(parse_options(cls.Options, chosen["options"], chosen["name"]))
-        if not isinstance(method, Dense):
-            raise BundleError(f"Bundle {self.path} was made by {method.name}, which finds no points")
-        return method
+        return self.made_by(Dense, "finds no points")
 
     @cached_property
     @torch.inference_mode(False)
@@ -221,9 +185,6 @@ class LandmarkBundle:
             )
             for row in rows
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"bundle": str(self.path), "metrics": self.metrics, "cost": self.cost}
 
     def to_text(self) -> str:
         found = self.metrics

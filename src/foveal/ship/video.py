@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, cast
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors.torch import load_file
 
 from foveal.backbones.adapter import rebuild_backbone
-from foveal.core import catalogue
 from foveal.core.bundle import BundleFiles
 from foveal.core.errors import BundleError, DataError
 from foveal.core.families.video import Video
-from foveal.core.options import parse_options
-from foveal.core.preprocessing import Preprocessing
 from foveal.core.schema import Calibration, OtherManifest, StoredBackbone
 from foveal.data.clips import unlabelled_clips
 from foveal.evaluate.calibration import Calibrated
@@ -26,6 +23,7 @@ from foveal.evaluate.ood import empty_score
 from foveal.features.clips import judge_clips
 from foveal.ship.answer import answer, unreadable
 from foveal.ship.bundle import filled, headline, part, shapes
+from foveal.ship.opened import Opened, must_hold
 
 
 class VideoManifest(OtherManifest):
@@ -40,60 +38,22 @@ def open_video(files: BundleFiles) -> VideoBundle:
     Raises:
         BundleError: bundle.json or calibration.json lacks what a classifier of clips needs.
     """
-    try:
-        VideoManifest.model_validate(files.manifest)
-        Calibration.model_validate(files.calibration)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise BundleError(
-            f"Bundle {files.path} is not as foveal writes it ({'.'.join(map(str, first['loc']))}: {first['msg']}): "
-            "restore it or fit again"
-        ) from None
+    must_hold(files, "bundle.json", files.manifest, VideoManifest)
+    must_hold(files, "calibration.json", files.calibration, Calibration)
     return VideoBundle(files)
 
 
 @dataclass(frozen=True)
-class VideoBundle:
+class VideoBundle(Opened):
     """A classifier of clips with its classes, calibration, metrics and cost. `predict` answers for clips."""
-
-    files: BundleFiles
-
-    @property
-    def path(self) -> Path:
-        return self.files.path
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        return self.files.manifest
-
-    @property
-    def metrics(self) -> dict[str, Any]:
-        return self.files.metrics
-
-    @property
-    def calibration(self) -> dict[str, Any]:
-        return self.files.calibration
-
-    @property
-    def cost(self) -> dict[str, Any]:
-        return self.files.cost
 
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.manifest["classes"])
 
-    @property
-    def preprocessing(self) -> Preprocessing:
-        return Preprocessing.from_dict(self.manifest["backbone"]["preprocessing"])
-
     @cached_property
     def method(self) -> Video:
-        chosen = self.manifest["method"]
-        cls = catalogue.get(chosen["name"])
-        method = cls(parse_options(cls.Options, chosen["options"], chosen["name"]))
-        if not isinstance(method, Video):
-            raise BundleError(f"Bundle {self.path} was made by {method.name}, which does not classify clips")
-        return method
+        return self.made_by(Video, "does not classify clips")
 
     @cached_property
     @torch.inference_mode(False)
@@ -168,9 +128,6 @@ class VideoBundle:
                 said = f"{row['label']}  {row['probability']:.3f}"
                 lines.append(f"{row['clip']}  {f'unknown (nearest: {said})' if row['unknown'] else said}")
         return "\n".join(lines)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"bundle": str(self.path), "metrics": self.metrics, "cost": self.cost}
 
     def to_text(self) -> str:
         method = self.manifest["method"]

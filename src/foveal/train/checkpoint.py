@@ -28,14 +28,13 @@ def moving(model: nn.Module) -> dict[str, Tensor]:
     return {**parameters, **dict(model.named_buffers())}
 
 
-def frozen_digest(model: nn.Module) -> str:
-    """Hash of the parameters that training leaves alone; a checkpoint only fits a model with the same ones."""
+def starting_digest(model: nn.Module) -> str:
+    """Hash of a model before its first step; a checkpoint only fits one that started from the same weights."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.requires_grad}".encode())
-        if not parameter.requires_grad:
-            flat = parameter.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        flat = parameter.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -331,7 +331,7 @@ def signature_of(method: Trained, model: nn.Module, feed: Feed, seed: int, recip
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr((method.name, options_to_dict(method.options), seed, asdict(recipe))).encode())
     digest.update(feed.fingerprint().encode())
-    digest.update(checkpoint.frozen_digest(model).encode())
+    digest.update(checkpoint.starting_digest(model).encode())
     return digest.hexdigest()
 
 
