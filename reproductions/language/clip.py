@@ -37,7 +37,7 @@ from foveal.train.loop import train
 from foveal.train.pairs import PairFeed
 from foveal.train.small import small_vit
 
-EPOCHS = 30
+EPOCHS = 32
 ALPHAS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 PHOTOS = {
     "chelsea.png": "a cat",
@@ -71,7 +71,9 @@ PROMPTS = ("{}", "a photo of {}", "a close-up photo of {}", "a grey picture of {
 
 
 def reproduce(seed: int, tiny: bool) -> dict[str, float]:
-    return class_rows(seed, tiny) | words_alone(seed, tiny) | few_shot(seed, tiny) | digit_canvases(seed, tiny)
+    words, length = (few_classes(), 1.0) if tiny else imagenet_ridge(offline=True)
+    rows = class_rows(seed, tiny) | words_alone(words, length, seed, tiny)
+    return rows | few_shot(words, seed, tiny) | digit_canvases(seed, tiny)
 
 
 def class_rows(seed: int, tiny: bool) -> dict[str, float]:
@@ -100,10 +102,9 @@ def class_rows(seed: int, tiny: bool) -> dict[str, float]:
     return values
 
 
-def words_alone(seed: int, tiny: bool) -> dict[str, float]:
+def words_alone(ridge: Ridge, length: float, seed: int, tiny: bool) -> dict[str, float]:
     """Photos and sample data told apart by words, without a training image."""
     tower = sentence_encoder()
-    ridge, length = (few_classes(), 1.0) if tiny else imagenet_ridge(offline=True)
 
     def logits(dataset: Dataset, labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
         rows = length * F.normalize(ridge(embed_names(tower, labels, templates)))
@@ -154,10 +155,9 @@ def few_classes() -> Ridge:
     return fit_ridge(known_texts(sentence_encoder(), names, meanings), rows)
 
 
-def few_shot(seed: int, tiny: bool) -> dict[str, float]:
+def few_shot(ridge: Ridge, seed: int, tiny: bool) -> dict[str, float]:
     """gda-clip with the words mixed in, 100 cos + alpha (x W + b), alpha or no words at all chosen on folds."""
     tower = sentence_encoder()
-    ridge = few_classes() if tiny else imagenet_ridge(offline=True)[0]
     scores: dict[str, list[float]] = {"few-shot.gda-clip": [], "few-shot.with-words": [], "few-shot.chose-words": []}
     for name, labels in SAMPLES.items():
         dataset = open_dataset(f"sample:{name}")
@@ -201,11 +201,11 @@ def digit_canvases(seed: int, tiny: bool) -> dict[str, float]:
         ("digits.temperature-1", {"temperature": 1.0, "learn_temperature": False}),
     ):
         options = Options(
-            text="scratch", dim=64, crop=1.0, epochs=1 if tiny else EPOCHS, lr=3e-3, batch_size=64, **extra
+            text="scratch", dim=64, crop=1.0, epochs=1 if tiny else EPOCHS, lr=2e-3, batch_size=64, **extra
         )
         method = Clip(options)
         seed_everything(derive(seed, "init"))
-        image, text = small_vit(seed, size=32, patch=32, width=128, depth=2), CausalText(64, 2, context=32)
+        image, text = small_vit(seed, size=32, patch=32, width=128, depth=2), CausalText(64, 2, context=32, heads=4)
         towers = method.attach(image, text)
         feed = PairFeed(pairs.subset(splits == "train"), image.preprocessing, text, method.crop())
         with tempfile.TemporaryDirectory() as work:
