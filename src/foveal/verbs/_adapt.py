@@ -49,8 +49,9 @@ class Known:
 class Adapted:
     """What a method made of one split.
 
-    `changed` says that the backbone is not the prepared one any more. The logits of `held_out` are of models that never saw those images; temperature and unknown threshold come from
-    them. Out of fold, `held_out` may be `fitted` itself.
+    `changed` says that the backbone is not the prepared one any more. The logits of `held_out` are of models that
+    never saw those images; temperature and unknown threshold come from them. Out of fold, `held_out` may be `fitted`
+    itself.
     """
 
     method: Adapt
