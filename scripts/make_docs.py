@@ -34,6 +34,7 @@ COMMANDS = {
     "explain": "foveal explain BUNDLE IMAGES",
     "generate": "foveal edit IMAGE --to TEXT",
     "language": "foveal fit PAIRS",
+    "motion": "foveal fit TRACKS --task forecast",
     "pretrain": "foveal pretrain DATA",
     "retrieve": "foveal index DATA",
     "robust": "foveal audit BUNDLE DATA",
@@ -58,6 +59,8 @@ WORKS = {
     "left on the model, also after a crash",
     "language": "the same seed gives the same towers; saved and loaded, they give the same vectors, and a classifier "
     "of words exported to ONNX answers the same",
+    "motion": "the same seed gives the same network; saved and loaded, it forecasts the same, whatever other windows "
+    "come with them; it reads no backbone",
     "pretrain": "the same seed gives the same weights, also after a kill; they load strictly into the plain network, "
     "and nothing is left on it, also after a crash",
     "retrieve": "the backbone is as before, bit by bit; the same seed gives the same embedding, also after a kill; "

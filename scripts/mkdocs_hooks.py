@@ -25,6 +25,7 @@ READING = (
             "explain.md",
             "library.md",
             "language.md",
+            "forecast.md",
             "audit.md",
             "update.md",
             "export.md",

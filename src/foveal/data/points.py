@@ -108,7 +108,7 @@ def open_points(data: str | Path) -> Points:
     return Points(dataset, xy, known, names, flip_of(columns, names, name)).drop(aside)
 
 
-def csv_columns(path: Path, name: str) -> dict[str, list[Any]]:
+def csv_columns(path: Path, name: str, expected: str = EXPECTED) -> dict[str, list[Any]]:
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             lines = bounded(file, name)
@@ -123,7 +123,7 @@ def csv_columns(path: Path, name: str) -> dict[str, list[Any]]:
                 for head, value in zip(heads, row, strict=True):
                     columns[head].append(value.strip())
     except csv.Error as error:
-        raise DataError(f"{name} is not a CSV file ({error}): {EXPECTED}") from None
+        raise DataError(f"{name} is not a CSV file ({error}): {expected}") from None
     except OSError as error:
         raise DataError(f"{name} cannot be read ({error.strerror})") from None
     return columns

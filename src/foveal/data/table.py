@@ -81,11 +81,13 @@ def bounded(file: TextIO, name: str) -> Iterator[str]:
         yield line
 
 
-def check_columns(columns: Any, name: str, needed: Sequence[str] = ("image", "label")) -> None:
+def check_columns(
+    columns: Any, name: str, needed: Sequence[str] = ("image", "label"), expected: str = EXPECTED
+) -> None:
     missing = [column for column in needed if column not in columns]
     if missing:
         found = ", ".join(printable(str(column)) for column in columns) or "none"
-        raise DataError(f"{name} has no column {' and no column '.join(missing)} (columns: {found}): {EXPECTED}")
+        raise DataError(f"{name} has no column {' and no column '.join(missing)} (columns: {found}): {expected}")
 
 
 def from_paths(table: Table, folder: Path) -> Dataset:

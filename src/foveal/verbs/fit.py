@@ -17,7 +17,7 @@ from foveal.core.progress import Progress
 from foveal.core.task import OTHER_TASKS, OtherTask
 
 DEFAULT_BACKBONE = "tf_efficientnet_lite0"
-ROOMS: dict[OtherTask, str] = {"landmarks": "dense", "video": "video", "image-text": "language"}
+ROOMS: dict[OtherTask, str] = {"landmarks": "dense", "video": "video", "forecast": "motion", "image-text": "language"}
 """The family of methods for each task but classifying images."""
 DataArgument = Annotated[
     str,
