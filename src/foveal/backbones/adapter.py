@@ -49,7 +49,8 @@ class Plan:
     origin: str
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON holds it."""
+        return {**asdict(self), "preprocessing": self.preprocessing.to_dict()}
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> Plan:

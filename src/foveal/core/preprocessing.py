@@ -23,7 +23,8 @@ class Preprocessing:
         return math.floor(self.size / self.crop)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON holds it."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> Preprocessing:

@@ -17,7 +17,6 @@ from foveal.core.errors import BundleError, FovealError, HubError, UsageError
 from foveal.core.folders import unwritable
 from foveal.core.progress import Progress
 from foveal.data.dataset import inside
-from foveal.evaluate.card import NO_LICENCE, markdown
 
 OWN: tuple[str, ...] = (
     "bundle.json",
@@ -228,6 +227,8 @@ def contents(bundle: BundleFiles, license: str | None, report: bool) -> dict[str
 
 def without_paths(text: str, manifest: Mapping[str, Any]) -> str:
     """Text with the absolute paths that a Bundle remembers cut to their last part."""
+    from foveal.evaluate.card import markdown
+
     data, request, backbone = (manifest.get(key) or {} for key in ("data", "request", "backbone"))
     told = [data.get("source"), request.get("data"), backbone.get("origin"), request.get("backbone")]
     paths = {part for each in filter(None, told) for part in (str(each), str(each).partition("@")[2])}
@@ -243,6 +244,8 @@ def as_json(text: str) -> str:
 
 def with_licence(card: str, license: str) -> str:
     """A model card with `license` in its front matter, and in its text where it said that there was none."""
+    from foveal.evaluate.card import NO_LICENCE
+
     front = re.match(r"---\n(.*?\n)---\n", card, re.DOTALL)
     if front is None:
         return f'---\nlicense: "{license}"\n---\n\n{card}'

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from foveal.backbones.adapter import Backbone
 from foveal.backbones.folding import fold, folded
 from foveal.blocks.codes import Codes
-from foveal.core.errors import BackboneError, UsageError
+from foveal.core.errors import BackboneError, MissingExtra, UsageError
 from foveal.core.families.shrink import Quantity, Shrink, Shrunk, Target, TaskData
 from foveal.core.method import Classifier, Spec, method
 from foveal.core.options import option, options
@@ -88,7 +88,10 @@ def power_error(weights: Sequence[Tensor], exponent: float, bits: int) -> float:
 
 def search_exponent(weights: Sequence[Tensor], bits: int) -> float:
     """The exponent in 0.1..1.5 of least error; refined around the best of a grid, for rounding makes it rough."""
-    from scipy.optimize import minimize_scalar
+    try:
+        from scipy.optimize import minimize_scalar
+    except ImportError:
+        raise MissingExtra("scipy", "shrink", "powerquant") from None
 
     errors = {exponent: power_error(weights, exponent, bits) for exponent in GRID}
     best = min(GRID, key=errors.__getitem__)
