@@ -32,7 +32,7 @@ foveal.fit(photos, method="full:epochs=1", backbone=weights, out=out / "t", offl
 foveal.predict(out / "b", [Path(photos)])
 foveal.evaluate(out / "b", photos, offline=True)
 foveal.export(out / "b")
-foveal.compare(photos, methods="linear", out=out / "c", offline=True)
+foveal.compare(photos, methods="linear", backbone=weights, out=out / "c", offline=True)
 foveal.curate(photos, out=out / "s.parquet", offline=True)
 foveal.index(photos, out=out / "l", backbone=weights, offline=True)
 foveal.search(out / "l", image=next(Path(photos).rglob("*.jpg")), offline=True)
