@@ -132,7 +132,8 @@ def measurement(card: dict[str, Any]) -> str:
 
 
 def needs(spec: Spec) -> str:
-    return ", ".join(sorted(spec.needs)) or ("scores only" if spec.family == "explain" else "images only")
+    alone = {"explain": "scores only", "motion": "tracks only"}
+    return ", ".join(sorted(spec.needs)) or alone.get(spec.family, "images only")
 
 
 def index_page() -> str:

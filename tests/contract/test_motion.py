@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.contract.capabilities import hooks
+from tests.contract.capabilities import FAMILIES, as_documented, hooks
 from torch import Tensor, nn
 
 from foveal.core import catalogue
@@ -97,6 +97,8 @@ def test_contract(name: str, tracks: Tracks, tmp_path: Path):
             [method.forecast(first, past[n : n + 1], None if maps is None else maps[n : n + 1])[1] for n in range(3)]
         )
     assert torch.allclose(alone, weights[:3], atol=1e-5), "windows see each other"
+    for family in FAMILIES:  # it reads no backbone, so it works whatever kind that would be
+        as_documented(name, family, "works")
 
 
 @pytest.mark.parametrize("name", METHODS)
