@@ -102,7 +102,7 @@ def test_a_model_that_noise_breaks_is_told_so():
     found = sweep(brittle, pixels(60), None, one_sided(2 / 255), shares=(1.0,), draws=4)
     assert "accuracy" not in found["clean"]
     assert telling(found["sizes"]) is None
-    assert "breaks under any change of this size" in verdict(found)["text"]
+    assert "breaks under noise of this size" in verdict(found)["text"]
 
 
 def test_figures_by_hand():

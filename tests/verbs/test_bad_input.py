@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import foveal
 from foveal.cli.main import main
 from foveal.core.bundle import write_json
+from foveal.core.errors import BackboneError, DataError, UsageError
 
 
 @pytest.fixture
@@ -244,3 +245,22 @@ def test_a_large_image_is_answered(good: Path, tmp_path: Path):
     Image.fromarray(np.zeros((1500, 4000, 3), np.uint8)).save(tmp_path / "wide.png")
     row = foveal.load(good).predict(tmp_path / "wide.png")[0]
     assert row["label"] in ("blue", "green", "red")
+
+
+def test_folders_may_be_plain_strings(
+    colours: foveal.Bundle, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each verb gets past its folders, with --out and without, to what is wrong with the rest."""
+    monkeypatch.chdir(tmp_path)
+    bundle, data, image = str(colours.path), str(photos), str(photos / "red" / "00.jpg")
+    for out in ({}, {"out": "somewhere"}):
+        with pytest.raises(UsageError, match="at least 2"):
+            foveal.audit(bundle, data, images=1, **out)
+        with pytest.raises(DataError, match="knows already"):
+            foveal.update(bundle, data, **out)
+        with pytest.raises(BackboneError, match="plain ViT"):
+            foveal.shrink(bundle, method="expedit", **out)
+        with pytest.raises(BackboneError, match="no-such-model"):
+            foveal.edit(image, to="a cat", model="no-such-model", **out)
+    with pytest.raises(UsageError, match="--labels"):
+        foveal.predict("zero-shot", image)

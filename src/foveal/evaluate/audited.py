@@ -38,8 +38,8 @@ def verdict(found: Mapping[str, Any]) -> dict[str, str]:
         least = found["sizes"][0]
         return {
             "tone": "care",
-            "text": f"Already {size(least)} at random changes {percent(least['noise']['fooled'])} of the answers. The "
-            "model breaks under any change of this size; the attack adds little that matters.",
+            "text": f"Noise of {size(least)} already changes {percent(least['noise']['fooled'])} of the answers. The "
+            "model breaks under noise of this size; whether the attack knows more cannot be told from it.",
         }
     attack, rival = row["attack"]["fooled"], max(row["noise"]["fooled"], row["shuffled"]["fooled"])
     within = margin(attack, found["n"]) + margin(rival, found["n"])

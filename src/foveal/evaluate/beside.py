@@ -111,7 +111,8 @@ def sides(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
     for place, timed in enumerate(given["before"]["latency"]):
         row = [given[name]["latency"][place]["milliseconds"] if given[name]["latency"] else None for name in names]
-        rows.append([f"milliseconds, batch {timed['batch']}", *(fixed(each, 2) for each in row)])
+        images = "one image" if timed["batch"] == 1 else f"{timed['batch']} images"
+        rows.append([f"milliseconds, {images}", *(fixed(each, 2) for each in row)])
     for key in ("accuracy", "balanced_accuracy"):
         rows.append([key.replace("_", " "), *(fixed(given[name][key], 4) for name in names)])
     return ["", *names], rows

@@ -26,7 +26,7 @@ from foveal.evaluate.page import (
     percent,
     plain,
 )
-from foveal.evaluate.report import ReportContext, cost_rows, provenance, trained, verdict
+from foveal.evaluate.report import ReportContext, cost_rows, provenance, title_of, trained, verdict
 
 HUB_METRICS = {"accuracy": "accuracy", "macro_f1": "f1", "auroc": "roc_auc", "balanced_accuracy": "balanced_accuracy"}
 
@@ -42,7 +42,7 @@ def write_card(path: str | Path, context: ReportContext, classifier: Classifier 
     """
     manifest, metrics = context["manifest"], context["metrics"]
     multi = manifest["task"] == "multi-label"
-    title = f"{manifest['data']['name']}: {manifest['method']['name']} on {manifest['backbone']['name']}"
+    title = f"{title_of(manifest)} on {manifest['backbone']['name']}"
     unknown, temperature = context["calibration"]["unknown"], context["calibration"]["temperature"]
     rows = [
         (
@@ -82,7 +82,7 @@ def write_card(path: str | Path, context: ReportContext, classifier: Classifier 
         "recall": percent(unknown.get("recall")),
         "garbage_caught": percent(unknown.get("garbage_caught")),
         "cost": list(cost_rows(context["cost"])),
-        "provenance": list(provenance(manifest, metrics)),
+        "provenance": list(provenance(manifest)),
         "version": version("foveal"),
         "by_hand": classifier is not None,
         "beyond_timm": beyond_timm(classifier, manifest) if classifier else None,

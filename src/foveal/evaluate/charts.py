@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,15 +34,15 @@ class Frame:
         """Grid lines, tick labels (of a mapping, its values) and the names of both axes."""
         bottom, right = self.top + self.height, self.left + self.width
         parts = []
-        named = x_ticks if isinstance(x_ticks, Mapping) else {value: short(value) for value in x_ticks}
+        named = x_ticks if isinstance(x_ticks, Mapping) else tick_labels(x_ticks)
         for value, label in named.items():
             x, _ = self.at(value, self.y[0])
             parts.append(f'<line class="grid" x1="{x}" y1="{self.top}" x2="{x}" y2="{bottom}"/>')
             parts.append(f'<text class="tick" x="{x}" y="{bottom + 15}" text-anchor="middle">{label}</text>')
-        for value in y_ticks:
+        for value, label in tick_labels(y_ticks).items():
             _, y = self.at(self.x[0], value)
             parts.append(f'<line class="grid" x1="{self.left}" y1="{y}" x2="{right}" y2="{y}"/>')
-            parts.append(f'<text class="tick" x="{self.left - 6}" y="{y + 4}" text-anchor="end">{short(value)}</text>')
+            parts.append(f'<text class="tick" x="{self.left - 6}" y="{y + 4}" text-anchor="end">{label}</text>')
         middle = self.left + self.width / 2
         parts.append(f'<text class="axis" x="{middle}" y="{bottom + 33}" text-anchor="middle">{escape(x_label)}</text>')
         across = self.top + self.height / 2
@@ -60,9 +60,20 @@ class Frame:
         )
 
 
-def short(value: float) -> str:
-    """A tick label: 0.25, 12, 3.4e+06."""
-    return f"{value:.3g}"
+def short(value: float, digits: int = 3) -> str:
+    """A number in few signs: 0.25, 12, 3.4k, 5M."""
+    unit, name = next(((unit, name) for unit, name in ((1e6, "M"), (1e3, "k")) if abs(value) >= unit), (1.0, ""))
+    return f"{value / unit:.{digits}g}{name}"
+
+
+def tick_labels(values: Iterable[float]) -> dict[float, str]:
+    """Values to labels, with as many digits as tell them apart."""
+    values = list(values)
+    for digits in range(3, 8):
+        labels = [short(value, digits) for value in values]
+        if len(set(labels)) == len(labels):
+            break
+    return dict(zip(values, labels, strict=True))
 
 
 def ticks(low: float, high: float, about: int = 4) -> list[float]:
@@ -126,7 +137,7 @@ def unknown_chart(histogram: Mapping[str, Any], threshold: float) -> Markup:
         steps = (1, 2, 5) if high - low < 2.5 else (1,)
         marks = {math.log10(step) + power: short(step * 10.0**power) for power in powers for step in steps}
         marks = {at: label for at, label in marks.items() if low <= at <= high}
-    parts = frame.axes("unknown score", "share of images", marks, ticks(0, top, 3))
+    parts = frame.axes("unknown score", "share", marks, ticks(0, top, 3))
     for kind, colour in (("garbage", "warm"), ("known", "accent")):
         points = [frame.at(edges[0], 0)]
         for left, right, share in zip(edges[:-1], edges[1:], shares[kind], strict=True):
@@ -142,7 +153,7 @@ def unknown_chart(histogram: Mapping[str, Any], threshold: float) -> Markup:
 def curves_chart(
     history: Sequence[Mapping[str, Any]], names: Mapping[str, str], y_label: str, x: str = "epoch"
 ) -> Markup | None:
-    """Lines over epochs, or over another number; None when nothing can be drawn.
+    """Lines over epochs, or over another number; None when no line has two points.
 
     Args:
         history: rows, in the order of their `x`.
@@ -155,7 +166,7 @@ def curves_chart(
         for key in names
     }
     points = [point for line in series.values() for point in line]
-    if not points:
+    if all(len(line) < 2 for line in series.values()):
         return None
     xs, ys = ([point[axis] for point in points] for axis in (0, 1))
     pad = (max(ys) - min(ys)) * 0.08 or 0.05

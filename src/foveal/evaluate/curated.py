@@ -13,10 +13,14 @@ import numpy as np
 from PIL import Image
 
 from foveal.evaluate.charts import curves_chart
-from foveal.evaluate.page import count, fixed, flatten, percent, write_page
+from foveal.evaluate.page import count, method_text, percent, sentence, write_page
 
 CLUSTERS, MEMBERS, SIDE = 12, 5, 136
 """Clusters shown at either end, images of each, pixels of each."""
+AUDIT = {
+    f"false_negatives_in_256_{when}": f"pairs of copies among 256 images at random, {when}"
+    for when in ("before", "after")
+}
 
 
 @dataclass(frozen=True)
@@ -76,17 +80,22 @@ def write_curated(
         "title": f"{count(kept)} of {count(n)} images kept",
         "subtitle": f"{content['method']} on {content['data']}: {percent(kept / n)} stay, every other one has one "
         "that stays in its place.",
-        "notes": content["notes"],
+        "notes": [sentence(note) for note in content["notes"]],
         "tiles": [
             (percent(kept / n), "of the images stay"),
             *((str(value), name.replace("_", " ")) for name, value in content["chosen"].items()),
-            *((fixed(value, 1), name.replace("_", " ")) for name, value in content["audit"].items()),
+            *((f"{value:,.0f}", AUDIT.get(name, name.replace("_", " "))) for name, value in content["audit"].items()),
         ],
         "curve": curves_chart(rows, {"share": "accent"}, "share that stays", setting),
         "setting": setting,
         "table": [(f"{row[setting]:g}", count(int(row["kept"])), percent(row["share"])) for row in rows],
         "fullest": fullest,
         "emptiest": emptiest,
-        "provenance": list(flatten({key: content[key] for key in ("data", "method", "options", "groups", "manifest")})),
+        "provenance": [
+            ("data", str(content["data"])),
+            ("method", method_text({"name": content["method"], "options": content["options"]})),
+            ("groups", count(content["groups"])),
+            ("manifest", str(content["manifest"])),
+        ],
     }
     write_page(path, "curate.html.j2", page)

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from foveal.evaluate.page import duration, flatten, percent, write_page
+from foveal.evaluate.page import duration, method_text, percent, write_page
 
 SIDE = 512
 
@@ -31,6 +31,7 @@ def write_edited(
     """Write index.html; `record` is what edit.json holds."""
     from_text = f"from “{record['source']}” " if record["source"] else ""
     outside = record["changed_outside"]
+    asked = f"{record['evaluations']} times" if record["evaluations"] else "for the mask alone"
     page = {
         "title": f"{from_text}to “{record['to']}”".strip().capitalize(),
         "subtitle": f"{record['method']['name']} with {record['model']} on {record['image']}.",
@@ -50,9 +51,9 @@ def write_edited(
             for picture, caption in ((before, "before"), (mask, "the mask: white was open"), (after, "after"))
         ],
         "provenance": [
-            *((key, value) for key, value in flatten({"method": record["method"]})),
+            ("method", method_text(record["method"])),
             ("mask", record["mask"]),
-            ("asked the noise predictor", f"{record['evaluations'] or 'for the mask alone'}"),
+            ("asked the noise predictor", asked),
             ("seed", str(record["seed"])),
             ("time", duration(record["seconds"])),
         ],

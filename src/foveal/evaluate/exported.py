@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from foveal.core.folders import atomic_file
 from foveal.evaluate.page import fixed
@@ -58,20 +58,27 @@ def times(row: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def as_html(onnx: Mapping[str, Any]) -> str:
-    head = Markup("").join(Markup("<th>{}</th>").format(name) for name in COLUMNS)
-    body = Markup("").join(
-        Markup("<tr>{}</tr>").format(Markup("").join(Markup("<td>{}</td>").format(cell) for cell in row))
-        for row in rows_of(onnx)
-    )
-    table = Markup('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>')
-    return Markup('<section>\n<h2>Exported</h2>\n<p class="lead">{}</p>\n{}\n</section>').format(
-        about(onnx), table.format(head, body) if body else ""
+    said = Markup(re.sub("`(.+?)`", r"<code>\1</code>", str(escape(about(onnx)))))
+    table = ""
+    if rows := rows_of(onnx):
+        body = Markup("").join(Markup("<tr>{}</tr>").format(cells("td", row)) for row in rows)
+        table = Markup('<div class="scroll"><table><thead><tr>{}</tr></thead><tbody>{}</tbody></table></div>').format(
+            cells("th", COLUMNS), body
+        )
+    return Markup('<section>\n<h2>Exported</h2>\n<p class="lead">{}</p>\n{}\n</section>').format(said, table)
+
+
+def cells(tag: Literal["th", "td"], row: Sequence[str]) -> Markup:
+    """A row of COLUMNS as cells: a name, numbers, and a sentence."""
+    kinds = ["name", *["num"] * (len(row) - 2), "said"]
+    return Markup("").join(
+        Markup('<{} class="{}">{}</{}>').format(tag, kind, cell, tag) for kind, cell in zip(kinds, row, strict=True)
     )
 
 
 def as_markdown(onnx: Mapping[str, Any]) -> str:
     lines = ["## Exported", "", about(onnx)]
     if rows := rows_of(onnx):
-        lines += ["", f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
+        lines += ["", f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 2)}---|"]
         lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     return "\n".join(lines)

@@ -14,20 +14,23 @@ from markupsafe import Markup
 from PIL import Image
 
 from foveal.evaluate.card import markdown, yaml_lines
-from foveal.evaluate.charts import Frame, curves_chart, path, ticks
+from foveal.evaluate.charts import Frame, curves_chart, path, short, ticks
 from foveal.evaluate.page import (
+    backbone_text,
     count,
+    data_rows,
     duration,
     environment,
     figure,
     fixed,
-    flatten,
     interval_text,
     lane,
+    method_text,
     percent,
     version,
     write_page,
 )
+from foveal.evaluate.report import cost_rows, provenance
 
 SIDE = 260
 METRICS = {
@@ -111,18 +114,19 @@ def verdict(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def lanes(metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
-    rows = {"this network": metrics[name], "mean place": metrics["references"]["mean place"][name]}
+    rows = {"this model": metrics[name], "mean place": metrics["references"]["mean place"][name]}
     top = 1.0 if name.startswith("pck") else 1.1 * max(row["high"] or row["value"] or 1e-9 for row in rows.values())
     title, about = METRICS[name]
+    digits = 1 if name == "pixels" else 3
     return {
         "title": title,
         "about": about,
-        "top": fixed(top, 2),
+        "top": short(top),
         "lanes": [
             {
                 "name": each,
                 "reference": place > 0,
-                "text": figure(row),
+                "text": figure(row, digits),
                 **lane(row, lambda value: f"{100 * min(max(value / top, 0), 1):.2f}%"),
             }
             for place, (each, row) in enumerate(rows.items())
@@ -161,16 +165,12 @@ def write_landmarks(
         for name, row in metrics["per_point"].items()
     ]
     about = {
-        "method": f"{manifest['method']['name']}: "
-        + ", ".join(f"{key} {value}" for key, value in manifest["method"]["options"].items()),
-        "backbone": f"{manifest['backbone']['name']} ({manifest['backbone']['origin']}), "
-        f"{manifest['backbone']['preprocessing']['size']} pixels",
+        "method": method_text(manifest["method"]),
+        "backbone": backbone_text(manifest["backbone"]),
         "error is a share of": metrics["normaliser"],
-        "data": dict(flatten(data)),
-        "seed": str(manifest["seed"]),
         "time": duration(manifest["seconds"]),
-        "cost": dict(flatten(cost)),
     }
+    told = [*about.items(), *data_rows(data), *cost_rows(cost), *provenance(manifest)]
     page = {
         "title": title,
         "subtitle": f"{manifest['method']['name']} on {manifest['backbone']['name']}, measured on "
@@ -181,11 +181,7 @@ def write_landmarks(
         "training": curves_chart(history, {"train_loss": "muted"}, "training loss"),
         "validation": curves_chart(history, {"val_nme": "accent"}, "NME on validation images"),
         "rows": rows,
-        "provenance": [
-            item
-            for key, value in about.items()
-            for item in (value.items() if isinstance(value, dict) else [(key, value)])
-        ],
+        "provenance": told,
         **shown,
     }
     write_page(folder / "report.html", "landmarks.html.j2", page)

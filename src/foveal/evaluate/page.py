@@ -73,6 +73,38 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield name, quantity(value)
 
 
+def named(content: Mapping[str, Any]) -> str:
+    """size 224, mean 0.5, 0.5, 0.5: what has a value, in one line."""
+    return "; ".join(f"{name} {text}" for name, text in flatten(content) if text not in ("–", ""))
+
+
+def method_text(method: Mapping[str, Any]) -> str:
+    """lora (rank=8, epochs=10): a method's name and those of its options that are set."""
+    options = ", ".join(f"{key}={value}" for key, value in method.get("options", {}).items() if value not in (None, ""))
+    return method["name"] + (f" ({options})" if options else "")
+
+
+def backbone_text(backbone: Mapping[str, Any]) -> str:
+    """Name, the architecture where that is another, and where the weights come from."""
+    architecture = f" ({backbone['arch']})" if backbone.get("arch", backbone["name"]) != backbone["name"] else ""
+    return f"{backbone['name']}{architecture}, weights: {backbone.get('origin', 'unknown')}"
+
+
+def split_sizes(data: Mapping[str, Any]) -> str:
+    splits = data.get("splits", {})
+    return ", ".join(f"{name} {count(splits[name])}" for name in ("train", "val", "test") if name in splits)
+
+
+def data_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a model has seen: a manifest's `data` in words."""
+    held = ", ".join(f"{count(data[kind])} {kind}" for kind in ("images", "texts", "clips", "frames") if kind in data)
+    yield "data", f"{data['name']}: {held}"
+    if data.get("splits"):
+        yield "split", f"{split_sizes(data)}; split by {data['split_by']}"
+    if data.get("set_aside"):
+        yield "set aside", f"{count(len(data['set_aside']))} that cannot be decoded"
+
+
 def quantity(value: Any) -> str:
     if value is None:
         return "–"
@@ -101,11 +133,12 @@ def interval_text(entry: Mapping[str, Any]) -> str:
     return "–" if entry.get("low") is None else f"{entry['low']:.3f} to {entry['high']:.3f}"
 
 
-def figure(entry: Mapping[str, Any]) -> str:
+def figure(entry: Mapping[str, Any], digits: int = 3) -> str:
     """0.803 [0.771, 0.833]"""
     if entry["value"] is None:
         return "not defined"
-    return f"{entry['value']:.3f}" + (f" [{entry['low']:.3f}, {entry['high']:.3f}]" if entry["low"] is not None else "")
+    value, low, high = (fixed(entry[key], digits) for key in ("value", "low", "high"))
+    return value if entry["low"] is None else f"{value} [{low}, {high}]"
 
 
 def duration(seconds: float | None) -> str:

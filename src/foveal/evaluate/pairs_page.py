@@ -13,8 +13,20 @@ from markupsafe import Markup
 from PIL import Image
 
 from foveal.evaluate.card import markdown, yaml_lines
-from foveal.evaluate.charts import curves_chart
-from foveal.evaluate.page import count, duration, environment, figure, flatten, lane, version, write_page
+from foveal.evaluate.charts import curves_chart, drawn
+from foveal.evaluate.page import (
+    backbone_text,
+    count,
+    data_rows,
+    duration,
+    environment,
+    figure,
+    lane,
+    method_text,
+    version,
+    write_page,
+)
+from foveal.evaluate.report import cost_rows, provenance
 
 SIDE = 200
 WAYS = {
@@ -45,7 +57,7 @@ def shown(found: Found) -> dict[str, Any]:
         "name": found.name,
         "own": " / ".join(found.own),
         "texts": texts,
-        "right": texts[0]["right"],
+        "listed": any(text["right"] for text in texts),
     }
 
 
@@ -62,7 +74,7 @@ def verdict(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def lanes(found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = {f"among the first {k}" if k > 1 else "first": found[f"r_at_{k}"] for k in (1, 5, 10)}
+    rows = {f"in first {k}" if k > 1 else "first": found[f"r_at_{k}"] for k in (1, 5, 10)}
     chance = {"value": found["chance"], "low": None, "high": None}
     return [
         {
@@ -90,16 +102,13 @@ def write_pairs(
     data, history = manifest["data"], metrics["history"]
     title = f"Images and texts of {data['name']}"
     about = {
-        "method": f"{manifest['method']['name']}: "
-        + ", ".join(f"{key} {value}" for key, value in manifest["method"]["options"].items()),
-        "image tower": f"{manifest['backbone']['name']} ({manifest['backbone']['origin']}), "
-        f"{manifest['backbone']['preprocessing']['size']} pixels",
+        "method": method_text(manifest["method"]),
+        "image tower": backbone_text(manifest["backbone"]),
         "language tower": f"{manifest['text']['kind']} ({manifest['text_origin']})",
         "scale of cosines": f"{metrics['scale']:.1f}",
-        "seed": str(manifest["seed"]),
         "time": duration(manifest["seconds"]),
     }
-    provenance = [*about.items(), *flatten(data), *flatten(cost)]
+    told = [*about.items(), *data_rows(data), *cost_rows(cost), *provenance(manifest)]
     judged = verdict(metrics)
     write_page(
         folder / "report.html",
@@ -121,8 +130,9 @@ def write_pairs(
             ],
             "found": [shown(each) for each in found],
             "training": curves_chart(history, {"train_loss": "muted", "val_loss": "accent"}, "loss"),
+            "watched": any(drawn(row.get("val_loss")) for row in history),
             "validation": curves_chart(history, {"val_r_at_1": "accent"}, "R@1 on validation images"),
-            "provenance": provenance,
+            "provenance": told,
         },
     )
     front = {
@@ -144,7 +154,7 @@ def write_pairs(
             )
             for key in WAYS
         ],
-        "provenance": provenance,
+        "provenance": told,
         "version": version("foveal"),
     }
     template = environment().overlay(finalize=lambda value: value).get_template("pairs.md.j2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ import numpy as np
 from PIL import Image
 
 from foveal.evaluate.charts import curves_chart
-from foveal.evaluate.page import count, duration, fixed, flatten, percent, write_page
+from foveal.evaluate.page import (
+    backbone_text,
+    count,
+    data_rows,
+    duration,
+    fixed,
+    method_text,
+    named,
+    percent,
+    write_page,
+)
 
 PANEL = 224
 """Pixels along the side of a picture on the page."""
@@ -64,10 +75,10 @@ def write_pretrained(
     rows = [{**row, "blank": blank} for row in history]
     names = {"train_loss": "accent", **({"blank": "muted"} if blank is not None else {})}
     labels = {
-        "loss": "loss on views it has seen",
-        "blank": "loss of a blank answer",
-        "neighbour_accuracy": "labels told by ten nearest neighbours",
-        "effective_rank": "directions that the features use",
+        "loss": ("loss on views it has seen", fixed),
+        "blank": ("loss of a blank answer", fixed),
+        "neighbour_accuracy": ("labels told by ten nearest neighbours", percent),
+        "effective_rank": ("directions that the features use", partial(fixed, digits=1)),
     }
     page = {
         "title": f"{record['backbone']['arch']}, pretrained on {record['data']['name']}",
@@ -77,8 +88,8 @@ def write_pretrained(
         "chart": curves_chart(rows, names, "loss"),
         "has_blank": blank is not None,
         "probe": [
-            {"name": name, "before": fixed(probe["before"][key]), "after": fixed(probe["after"][key])}
-            for key, name in labels.items()
+            {"name": name, "before": write(probe["before"][key]), "after": write(probe["after"][key])}
+            for key, (name, write) in labels.items()
             if probe["after"][key] is not None
         ],
         "probed": count(probe["images"]),
@@ -88,8 +99,15 @@ def write_pretrained(
         ]
         if len(pictures) > 1
         else [],
-        "provenance": list(
-            flatten({key: record[key] for key in ("method", "backbone", "parent", "data", "seed", "foveal")})
-        ),
+        "provenance": [
+            ("method", method_text(record["method"])),
+            ("backbone", backbone_text(record["backbone"])),
+            ("preprocessing", named(record["backbone"]["preprocessing"])),
+            ("began as", f"{backbone_text(record['parent'])}, fingerprint {record['parent']['fingerprint']}"),
+            *data_rows(record["data"]),
+            ("data fingerprint", str(record["data"]["fingerprint"])),
+            ("seed", str(record["seed"])),
+            ("versions", named(record["foveal"])),
+        ],
     }
     write_page(path, "pretrain.html.j2", page)

@@ -13,6 +13,7 @@ from foveal.evaluate.page import (
     METRICS,
     MULTI_LABEL,
     REFERENCES,
+    backbone_text,
     count,
     duration,
     figure,
@@ -21,9 +22,12 @@ from foveal.evaluate.page import (
     interval_text,
     lane,
     listed,
+    method_text,
+    named,
     percent,
     quantity,
     sentence,
+    split_sizes,
     write_page,
 )
 
@@ -85,7 +89,7 @@ def write_report(path: str | Path, context: ReportContext) -> None:
     manifest, metrics = context["manifest"], context["metrics"]
     multi = manifest["task"] == "multi-label"
     page = {
-        "title": f"{manifest['data']['name']}: {manifest['method']['name']}",
+        "title": title_of(manifest),
         "subtitle": subtitle(manifest),
         "verdict": verdict(metrics),
         "tiles": list(tiles(context)),
@@ -114,9 +118,15 @@ def write_report(path: str | Path, context: ReportContext) -> None:
         "mistakes": [shot(mistake) for mistake in context["mistakes"][:SHOWN_MISTAKES]],
         "beside": before_after(context["cost"].get("shrunk")),
         "cost": list(cost_rows(context["cost"])),
-        "provenance": list(provenance(manifest, metrics)),
+        "provenance": list(provenance(manifest)),
     }
     write_page(path, "report.html.j2", page)
+
+
+def title_of(manifest: Mapping[str, Any]) -> str:
+    """Data and method, and what was done to the model since."""
+    methods = [manifest["method"], *manifest.get("steps", [])]
+    return f"{manifest['data']['name']}: {' + '.join(each['name'] for each in methods)}"
 
 
 def subtitle(manifest: Mapping[str, Any]) -> str:
@@ -164,12 +174,11 @@ def tiles(context: ReportContext) -> Iterator[dict[str, str]]:
 def trained(context: ReportContext) -> Iterator[tuple[str, str]]:
     manifest = context["manifest"]
     data, backbone, method = manifest["data"], manifest["backbone"], manifest["method"]
-    options = ", ".join(f"{key}={value}" for key, value in method.get("options", {}).items())
-    splits = data.get("splits", {})
-    sizes = ", ".join(f"{name} {count(splits[name])}" for name in ("train", "val", "test") if name in splits)
-    architecture = f" ({backbone['arch']})" if backbone.get("arch", backbone["name"]) != backbone["name"] else ""
-    yield "backbone", f"{backbone['name']}{architecture}, weights: {backbone.get('origin', 'unknown')}"
-    yield "method", method["name"] + (f" ({options})" if options else "")
+    sizes = split_sizes(data)
+    yield "backbone", backbone_text(backbone)
+    yield "method", method_text(method)
+    for step in manifest.get("steps", []):
+        yield "then", step["name"] if "shrunk" in context["cost"] else method_text(step)
     yield "images", f"{count(data['images'])}: {sizes}" if sizes else count(data["images"])
     if data.get("split_by"):
         yield "split by", data["split_by"]
@@ -223,7 +232,7 @@ def distilled(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {
         "about": f"The student has {percent(share['parameters'])} of the teacher's parameters, does "
         f"{percent(share['macs'])} of its multiply-accumulates and takes {percent(share['milliseconds'])} of its time "
-        f"for one image, both timed in torch on {record['rows'][0]['threads']} threads in one run.{faster}{joined}",
+        f"for one image, both timed in torch on {threads_text(record['rows'][0])} in one run.{faster}{joined}",
         "notes": [sentence(note) for note in record["notes"]],
         "columns": ["balanced accuracy", "parameters", "million MACs", "ms an image"],
         "rows": rows,
@@ -256,7 +265,7 @@ def updated(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "rows": [
             {
                 "name": row["name"],
-                "kind": "new" if row["new"] else "old",
+                "new": row["new"],
                 "n": count(row["n"]),
                 "before": percent(row["before"]),
                 "after": percent(row["after"]),
@@ -387,12 +396,12 @@ def unknown(record: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def curves(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def curves(history: Sequence[Mapping[str, Any]], of: str = "images") -> list[dict[str, Any]]:
     """Loss, and validation metrics, by epoch."""
     groups = [
         ("loss", {"train_loss": ("training loss", "muted"), "val_loss": ("validation loss", "accent")}),
         (
-            "validation",
+            f"on validation {of}",
             {
                 "val_balanced_accuracy": ("balanced accuracy", "accent"),
                 "val_accuracy": ("accuracy", "muted"),
@@ -427,7 +436,7 @@ def before_after(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if record is None:
         return None
     columns, rows = sides(record)
-    timed = f"timed in turns in one run by {record['engine']}, {record['threads']} threads" if record["engine"] else ""
+    timed = f"timed in turns in one run by {where(record)}" if record["engine"] else ""
     return {
         "tone": "good" if record["accepted"] else "care",
         "verdict": sentence(record["verdict"]),
@@ -443,21 +452,21 @@ def before_after(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def provenance(manifest: Mapping[str, Any], metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def provenance(manifest: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "seed", str(manifest.get("seed"))
     yield "data fingerprint", str(manifest["data"].get("fingerprint"))
     if (backbone := manifest["backbone"]).get("preprocessing"):
-        yield "preprocessing", ", ".join(f"{key} {value}" for key, value in backbone["preprocessing"].items())
+        yield "preprocessing", named(backbone["preprocessing"])
     if manifest.get("parent"):
-        yield "made from", str(manifest["parent"])
+        yield "made from", f"the Bundle {manifest['parent']}"
     if manifest.get("request"):
-        yield "asked for", ", ".join(f"{key} {value}" for key, value in manifest["request"].items())
+        yield "asked for", named(manifest["request"])
     yield "versions", ", ".join(f"{library} {release}" for library, release in manifest.get("foveal", {}).items())
 
 
 def cost_rows(cost: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """cost.json in words; what it holds beyond the known, by its own names."""
-    known = {"parameters", "macs", "bytes", "latency", "throughput", "shrunk"}
+    known = {"parameters", "macs", "bytes", "latency", "throughput", "shrunk", "memory", "onnx"}
     if size := cost.get("parameters"):
         yield "parameters", f"{count(size['total'])}, of which {count(size['trained'])} were set by training"
     if cost.get("macs") is not None:
@@ -469,8 +478,14 @@ def cost_rows(cost: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "latency", f"{row['milliseconds']:,.1f} ms for {images} ({where(row)})"
     for row in cost.get("throughput", []):
         yield "throughput", f"{row['images_per_second']:,.0f} images/s in batches of {row['batch']} ({where(row)})"
+    if kept := cost.get("memory"):
+        yield "kept to learn more by", f"{count(kept['images'])} images, {kept['bytes'] / 1e6:,.1f} MB"
     yield from flatten({key: value for key, value in cost.items() if key not in known})
 
 
 def where(row: Mapping[str, Any]) -> str:
-    return f"{row['engine']}, {row['threads']} thread{'' if row['threads'] == 1 else 's'}"
+    return f"{row['engine']}, {threads_text(row)}"
+
+
+def threads_text(row: Mapping[str, Any]) -> str:
+    return f"{row['threads']} thread{'' if row['threads'] == 1 else 's'}"

@@ -15,13 +15,15 @@ from foveal.evaluate.card import markdown, yaml_lines
 from foveal.evaluate.charts import place
 from foveal.evaluate.page import (
     METRICS,
+    backbone_text,
     count,
+    data_rows,
     duration,
     environment,
     figure,
     fixed,
-    flatten,
     lane,
+    method_text,
     version,
     write_page,
 )
@@ -46,9 +48,9 @@ class Strip:
 
 
 def of_clips(text: str) -> str:
-    return (
-        text.replace("images", "clips").replace("an image", "a clip").replace("Image", "Clip").replace("image", "clip")
-    )
+    for old, new in (("an image", "a clip"), ("An image", "A clip"), ("image", "clip"), ("Image", "Clip")):
+        text = text.replace(old, new)
+    return text
 
 
 def film(frames: Sequence[Image.Image]) -> str:
@@ -117,11 +119,11 @@ def write_video(
         f"{count(metrics['n'])} {metrics['split']} clips that had no part in training or calibrating."
     )
     facts = [
-        ("method", f"{method['name']}: " + ", ".join(f"{key} {value}" for key, value in method["options"].items())),
-        ("backbone", f"{manifest['backbone']['name']} ({manifest['backbone']['origin']})"),
-        *(item for item in flatten({"data": data}) if "fingerprint" not in item[0]),
+        ("method", method_text(method)),
+        ("backbone", backbone_text(manifest["backbone"])),
+        *data_rows(data),
         ("time", duration(manifest["seconds"])),
-        *provenance(manifest, metrics),
+        *provenance(manifest),
     ]
     known = calibration_part(calibration["temperature"], metrics["split"])
     strange = unknown_part(calibration["unknown"])
@@ -136,7 +138,7 @@ def write_video(
         "confused": confused(metrics, manifest["classes"]),
         "calibration": known | {"about": of_clips(known["about"])},
         "unknown": strange | {"about": of_clips(strange["about"])},
-        "curves": curves(metrics["history"]),
+        "curves": curves(metrics["history"], "clips"),
         "strips": [
             {
                 "film": film(strip.frames),
@@ -148,7 +150,10 @@ def write_video(
             }
             for strip in strips
         ],
-        "cost": [(of_clips(name), of_clips(value)) for name, value in cost_rows(cost)],
+        "cost": [
+            ("frames of a clip" if name == "frames" else of_clips(name), of_clips(value))
+            for name, value in cost_rows(cost)
+        ],
         "provenance": facts,
     }
     write_page(folder / "report.html", "video.html.j2", page)

@@ -31,8 +31,9 @@ def audit(
     """
     from foveal.verbs._audited import audited
 
+    default = Path("runs") / f"{Path(bundle).resolve().name}-audit"
     content = audited(
-        bundle, data, method, out=out or Path("runs") / f"{bundle.resolve().name}-audit", images=images, seed=seed,
+        bundle, data, method, out=Path(out or default), images=images, seed=seed,
         offline=offline, device=device, progress=progress or Progress(),
     )  # fmt: skip
     return Result(content, text)

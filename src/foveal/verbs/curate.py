@@ -65,10 +65,12 @@ def curate(
 
 
 def text(content: dict[str, Any]) -> str:
+    from foveal.evaluate.curated import AUDIT
+
     n, kept = content["images"], content["kept"]
     chosen = ", ".join(f"{name} {value}" for name, value in content["chosen"].items())
     lines = [f"{kept:,} of {n:,} images kept ({kept / n:.1%}){f', {chosen}' if chosen else ''}"]
     if content["untouched"]:
         lines[0] += f"; {content['untouched']:,} of val and test are left as they were"
-    lines += [f"{name.replace('_', ' ')}: {value:.1f}" for name, value in content["audit"].items()]
+    lines += [f"{AUDIT.get(name, name.replace('_', ' '))}: {value:,.0f}" for name, value in content["audit"].items()]
     return "\n".join([*lines, content["manifest"], content["page"]])

@@ -34,7 +34,7 @@ def edit(
     """
     from foveal.verbs._edited import edit_image
 
-    folder = out or Path("runs") / f"{image.stem}-edit"
+    folder = Path(out or Path("runs") / f"{Path(image).stem}-edit")
     record = edit_image(
         image, to, from_, model=model, method=method, mask=mask, out=folder, seed=seed, device=device,
         progress=progress or Progress(),

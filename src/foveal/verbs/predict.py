@@ -46,7 +46,7 @@ def chosen(bundle: Path, labels: str | None, progress: Progress) -> Any:
     from foveal.ship.bundle import load
 
     word, _, name = str(bundle).partition(":")
-    if word == "zero-shot" and not bundle.exists():
+    if word == "zero-shot" and not Path(bundle).exists():
         from foveal.backbones.clip_weights import load_clip
         from foveal.ship.zero_shot import of_towers, zero_shot
 

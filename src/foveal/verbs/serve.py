@@ -41,6 +41,7 @@ def serve(
     from foveal.core.bundle import open_bundle
     from foveal.core.errors import UsageError
     from foveal.core.threads import cpu_threads
+    from foveal.ship.hub import own_copy
     from foveal.ship.serve.limits import Limits, Settings
     from foveal.ship.serve.run import bind, require, run
 
@@ -51,10 +52,7 @@ def serve(
     limits = Limits(max_body_mb, max_megapixels, max_images, max_requests, queue, body_seconds, request_seconds)
     token = token or os.environ.get("FOVEAL_TOKEN") or None
     threads = threads if threads is not None else max(1, cpu_threads() // workers)
-    if bundle.as_posix().startswith("hub:"):
-        from foveal.ship.hub import own_copy
-
-        bundle = own_copy(bundle, progress)
+    bundle = own_copy(bundle, progress)
     settings = Settings(bundle, threads, batch, wait_ms, page, token, limits)
     open_bundle(bundle)
     with bind(host, port) as listener:

@@ -39,7 +39,8 @@ def shrink(
         raise UsageError(f"--max-drop {max_drop}: expected a number from 0 to 1")
     check_choices(device=device)
     chain = choose_chain(method)
-    folder = out or Path("runs") / f"{bundle.resolve().name}-{'-'.join(each.name for each in chain)}"
+    default = Path("runs") / f"{Path(bundle).resolve().name}-{'-'.join(each.name for each in chain)}"
+    folder = Path(out or default)
     record = shrink_bundle(
         bundle,
         chain,

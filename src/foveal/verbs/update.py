@@ -37,7 +37,8 @@ def update(
     """
     from foveal.verbs._updated import update_bundle
 
+    default = Path("runs") / f"{Path(bundle).resolve().name}-updated"
     return update_bundle(
-        bundle, data, method, out or Path("runs") / f"{bundle.resolve().name}-updated", memory=memory, old=old,
+        bundle, data, method, Path(out or default), memory=memory, old=old,
         seed=seed, offline=offline, device=device, progress=progress or Progress(),
     )  # fmt: skip
