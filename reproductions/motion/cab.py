@@ -7,6 +7,7 @@ ends for those that turn, and how much worse it gets when each agent is shown th
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def reproduce(seed: int, tiny: bool) -> dict[str, float]:
     turning = kinds != AHEAD
     future = test.xy[places[:, None] + np.arange(1, FUTURE + 1)]
     straight = errors(straight_on(test.xy, places, FUTURE), future)[1]
-    common = {"modes": 6, "history": HISTORY, "future": FUTURE, "anneal": 40, "width": 48}
+    common: dict[str, Any] = {"modes": 6, "history": HISTORY, "future": FUTURE, "anneal": 40, "width": 48}
     common |= {"epochs": epochs, "batch_size": 32, "lr": 3e-3}
     values = {"straight-on.fde-turning": float(straight[turning].mean())}
     for name, contrast in (("cab", 5.0), ("baseline", 0.0)):

@@ -46,9 +46,11 @@ def test_the_bundle_holds_what_it_measured(bundle: Any, table: Path):
     assert metrics["references"]["straight on"]["fde"]["value"] > 0
     assert metrics["dispersion"]["value"] is None, "one forecast per agent: no instant is forecast twice"
     assert bundle.manifest["dt"] == 0.5
-    assert bundle.manifest["data"]["windows"] == {"train": 14, "val": 4, "test": 6}
+    assert bundle.manifest["data"]["splits"] == {"train": 14, "val": 4, "test": 6}
     assert {"report.html", "README.md", "cost.json", "bundle.json"} <= {file.name for file in bundle.path.iterdir()}
-    assert "<path" in (bundle.path / "report.html").read_text()
+    page = (bundle.path / "report.html").read_text()
+    assert "<path" in page
+    assert "When forecasts settle" not in page
     assert not bundle.path.with_name("tracks.work").exists()
     again = foveal.fit(str(table), task="forecast", method=METHOD, out=bundle.path, offline=True)
     assert again.manifest == bundle.manifest, "the same command finds its Bundle there"
@@ -64,6 +66,7 @@ def test_tracks_without_maps_are_measured_over_time(table: Path, tmp_path: Path)
     assert fitted.metrics["instants"] == 6 * 4
     assert fitted.metrics["dispersion"]["value"] > 0
     assert fitted.metrics["convergence"]["0.2"]["value"] <= fitted.metrics["convergence"]["5"]["value"] <= 1
+    assert "When forecasts settle" in (fitted.path / "report.html").read_text()
     rows = fitted.predict(table)
     assert rows[0]["time"] == 3.5
     assert rows[0]["times"] == [4.0, 4.5]

@@ -11,18 +11,20 @@ import numpy as np
 from markupsafe import Markup
 
 from foveal.evaluate.card import markdown, yaml_lines
-from foveal.evaluate.charts import curves_chart
+from foveal.evaluate.charts import curves_chart, short
 from foveal.evaluate.page import (
     count,
+    data_rows,
     duration,
     environment,
     figure,
     fixed,
-    flatten,
     lane,
+    method_text,
     version,
     write_page,
 )
+from foveal.evaluate.report import provenance
 
 SIDE = 240
 METRICS = {
@@ -99,7 +101,7 @@ def lanes(metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {
         "title": METRICS[name][0],
         "about": METRICS[name][1],
-        "top": fixed(top, 2),
+        "top": short(top),
         "lanes": [
             {
                 "name": each,
@@ -132,33 +134,33 @@ def write_forecasts(
         for kind, group in (("scenes", scenes), ("worst", worst))
     }
     straight = metrics["references"]["straight on"]
+    shown_metrics = [name for name in METRICS if metrics[name]["value"] is not None]
     ranges = [
         {"within": within, "value": figure(row), "straight": figure(straight["convergence"][within])}
         for within, row in metrics["convergence"].items()
+        if row["value"] is not None
     ]
-    about: dict[str, Any] = {
-        "method": f"{manifest['method']['name']}: "
-        + ", ".join(f"{key} {value}" for key, value in manifest["method"]["options"].items()),
-        "maps": "read" if manifest["maps"] else "none",
-        "data": dict(flatten(data)),
-        "seed": str(manifest["seed"]),
-        "time": duration(manifest["seconds"]),
-        "cost": dict(flatten(cost)),
-    }
-    provenance = [
-        item for key, value in about.items() for item in (value.items() if isinstance(value, dict) else [(key, value)])
+    spent = cost["latency"][0]
+    told = [
+        ("method", method_text(manifest["method"])),
+        ("maps", "read" if manifest["maps"] else "none"),
+        *data_rows(data),
+        ("parameters", count(cost["parameters"]["total"])),
+        ("latency", f"{spent['milliseconds']:.1f} ms for one forecast ({spent['engine']})"),
+        ("time", duration(manifest["seconds"])),
+        *provenance({"backbone": {}, **manifest}),
     ]
     page = {
         "title": title,
         "subtitle": f"{manifest['method']['name']}, measured on {count(metrics['n'])} forecasts of "
         f"{count(metrics['agents'])} {metrics['split']} agents; distances in the unit of x and y.",
         "verdict": verdict(metrics),
-        "plots": [lanes(metrics, name) for name in METRICS],
+        "plots": [lanes(metrics, name) for name in shown_metrics],
         "ranges": ranges,
         "instants": count(metrics["instants"]),
         "training": curves_chart(history, {"train_loss": "muted"}, "training loss"),
         "validation": curves_chart(history, {"val_fde": "accent"}, "FDE on validation agents"),
-        "provenance": provenance,
+        "provenance": told,
         **shown,
     }
     write_page(folder / "report.html", "forecast.html.j2", page)
@@ -171,9 +173,9 @@ def write_forecasts(
         "split": metrics["split"],
         "history": manifest["history"],
         "dt": manifest["dt"],
-        "metrics": [(METRICS[name][0], figure(metrics[name]), figure(straight[name])) for name in METRICS]
+        "metrics": [(METRICS[name][0], figure(metrics[name]), figure(straight[name])) for name in shown_metrics]
         + [(f"C({row['within']}), seconds", row["value"], row["straight"]) for row in ranges],
-        "provenance": provenance,
+        "provenance": told,
         "version": version("foveal"),
     }
     template = environment().overlay(finalize=lambda value: value).get_template("forecast.md.j2")

@@ -97,7 +97,9 @@ def split_sizes(data: Mapping[str, Any]) -> str:
 
 def data_rows(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What a model has seen: a manifest's `data` in words."""
-    held = ", ".join(f"{count(data[kind])} {kind}" for kind in ("images", "texts", "clips", "frames") if kind in data)
+    held = ", ".join(
+        f"{count(data[kind])} {kind}" for kind in ("images", "texts", "clips", "frames", "agents") if kind in data
+    )
     yield "data", f"{data['name']}: {held}"
     if data.get("splits"):
         yield "split", f"{split_sizes(data)}; split by {data['split_by']}"

@@ -114,7 +114,7 @@ def fit(
             "source": source_of(data),
             "agents": len(tracks.agents),
             "rows": len(tracks),
-            "windows": {name: len(some) for name, some in part.items()},
+            "splits": {name: len(some) for name, some in part.items()},
             "split_by": "the data" if tracks.splits is not None else "seed, by agent",
             "fingerprint": feed.fingerprint(),
         },

@@ -12,7 +12,7 @@ from foveal.verbs.fit import DeviceOption
 
 def predict(
     bundle: Annotated[Path, "Bundle: folder made by `foveal fit`, or hub:owner/name; or the word zero-shot."],
-    images: Annotated[list[Path], "Image files, or folders of images."],
+    images: Annotated[list[Path], "Image files, or folders of images; for forecasts, tables of tracks."],
     *,
     labels: Annotated[
         str | None,
