@@ -16,7 +16,15 @@ import pytest
 import yaml
 
 from foveal.evaluate.card import write_card, yaml_lines
-from foveal.evaluate.charts import curves_chart, reliability_chart, ticks, unknown_chart
+from foveal.evaluate.charts import (
+    curves_chart,
+    frontier_chart,
+    overlap,
+    reliability_chart,
+    tick_labels,
+    ticks,
+    unknown_chart,
+)
 from foveal.evaluate.comparison import t_quantile, write_comparison
 from foveal.evaluate.page import plain
 from foveal.evaluate.report import verdict, write_report
@@ -269,6 +277,28 @@ def test_curves_leave_out_what_was_not_measured():
     assert chart is not None
     assert chart.count("<circle") == 2
     assert curves_chart(history, {"train_loss": "muted"}, "loss") is None
+
+
+def test_a_curve_of_one_point_is_none():
+    assert curves_chart([{"epoch": 1, "train_loss": 0.5}], {"train_loss": "muted"}, "loss") is None
+
+
+def test_tick_labels_tell_their_values_apart():
+    assert list(tick_labels([0.0, 0.25, 50_000.0, 2e6]).values()) == ["0", "0.25", "50k", "2M"]
+    assert list(tick_labels([103.96, 103.98, 104.0]).values()) == ["103.96", "103.98", "104"]
+
+
+def test_names_of_a_frontier_cover_nothing():
+    rows = [
+        {"name": name, "milliseconds": at, "balanced_accuracy": 0.5}
+        for name, at in [("dense", 30.0), ("12 x 12", 29.0), ("9 x 9", 28.0), ("7 x 7", 27.5)]
+    ]
+    chart = frontier_chart(rows)
+    assert chart is not None
+    placed = re.findall(r'class="note" x="([\d.]+)" y="([\d.]+)">([^<]+)<', chart)
+    assert [name for *_, name in placed] == [row["name"] for row in rows]
+    boxes = [(float(x), float(y) - 9, float(x) + 6.5 * len(name), float(y) + 2) for x, y, name in placed]
+    assert not any(overlap(one, other) for place, one in enumerate(boxes) for other in boxes[:place])
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-3.7, 12), (0.501, 0.502), (1e6, 5e6), (2, 2)])

@@ -71,7 +71,7 @@ def test_the_page_shows_neighbours(library: Path):
     page = (library / "index.html").read_text()
     assert "A library of 48 images" in page
     assert page.count("data:image/jpeg") == 6 * 6
-    assert "recall at 1" in page
+    assert "MAP@R" in page
 
 
 def test_again_and_more(photos: Path, weights: str, tmp_path: Path):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from foveal.core.families.shrink import Quantity
 from foveal.core.method import Classifier
 from foveal.evaluate.cost import macs
-from foveal.evaluate.page import count, fixed
+from foveal.evaluate.page import count, fixed, quantity
 
 FASTER = 1.05
 """How many times as fast a model must be at every batch to be called faster: less is noise."""
@@ -112,11 +112,11 @@ def sides(record: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for place, timed in enumerate(given["before"]["latency"]):
         row = [given[name]["latency"][place]["milliseconds"] if given[name]["latency"] else None for name in names]
         images = "one image" if timed["batch"] == 1 else f"{timed['batch']} images"
-        rows.append([f"milliseconds, {images}", *(fixed(each, 2) for each in row)])
+        rows.append([f"milliseconds, {images}", *(quantity(each) for each in row)])
     for key in ("accuracy", "balanced_accuracy"):
-        rows.append([key.replace("_", " "), *(fixed(given[name][key], 4) for name in names)])
+        rows.append([key.replace("_", " "), *(fixed(given[name][key]) for name in names)])
     return ["", *names], rows
 
 
 def millions(value: int | None) -> str:
-    return "–" if value is None else f"{value / 1e6:,.2f}"
+    return "–" if value is None else quantity(value / 1e6)

@@ -199,12 +199,33 @@ def frontier_chart(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
     parts = frame.axes("milliseconds of one image", "balanced accuracy", ticks(*frame.x), ticks(*frame.y))
     points = [frame.at(*each) for each in zip(times, answers, strict=True)]
     parts.append(path(points, "line accent"))
-    for place_, (row, (x, y)) in enumerate(zip(known, points, strict=True)):
+    places = label_places([row["name"] for row in known], points)
+    for place_, (row, (x, y), (left, base)) in enumerate(zip(known, points, places, strict=True)):
         tip = f"{row['name']}: {row['milliseconds']:.1f} ms, {row['balanced_accuracy']:.3f}"
         kind = "accent" if place_ else "muted"
         parts.append(f'<circle class="dot {kind}" cx="{x}" cy="{y}" r="4"><title>{escape(tip)}</title></circle>')
-        parts.append(f'<text class="note" x="{x}" y="{y - 8}" text-anchor="middle">{escape(row["name"])}</text>')
+        parts.append(f'<text class="note" x="{left}" y="{base}">{escape(row["name"])}</text>')
     return frame.svg(parts, "Balanced accuracy by time at several budgets")
+
+
+def label_places(names: Sequence[str], points: Sequence[Point]) -> list[Point]:
+    """Where the text of each name begins: as near above or below its dot as it covers no dot and no name before it."""
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    chosen: list[Point] = []
+    for name, (x, y) in zip(names, points, strict=True):
+        wide = 6.5 * len(name)
+        tried = [(x - wide / 2, y + shift) for shift in (-8, 17, -22, 31, -36, 45)]
+        boxes = {(left, base): (left, base - 9, left + wide, base + 2) for left, base in tried}
+        free = (at for at, box in boxes.items() if not any(overlap(box, other) for other in taken))
+        at = next(free, tried[0])
+        taken.append(boxes[at])
+        chosen.append((round(at[0], 1), round(at[1], 1)))
+    return chosen
+
+
+def overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two boxes (left, top, right, bottom) share more than an edge."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def drawn(value: Any) -> bool:

@@ -6,10 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foveal.evaluate.page import count, duration, flatten, percent, write_page
+from foveal.evaluate.page import count, duration, fixed, percent, write_page
 
 Shot = tuple[str, str, str | None, str]
 """Picture in base64, name, label, what to say of it."""
+
+
+MEASURED = {
+    "queries": ("images searched for", count),
+    "labels": ("labels", count),
+    "map_at_r": ("MAP@R, precision among as many neighbours as the label has images", fixed),
+    "nmi": ("NMI, what k-means clusters tell of the labels", fixed),
+}
 
 
 def write_indexed(
@@ -40,7 +48,7 @@ def write_indexed(
         + f"; searched {'by comparing all' if content['engine'] == 'exact' else 'in cells, approximately'}.",
         "tiles": tiles,
         "sheets": sheets,
-        "measured": list(flatten(found)) if found else [],
+        "measured": [(name, write(found[key])) for key, (name, write) in MEASURED.items()] if found else [],
         "provenance": [
             ("sources", ", ".join(sources)),
             ("set aside", count(len(content["set_aside"]))),

@@ -25,7 +25,6 @@ from foveal.evaluate.page import (
     method_text,
     named,
     percent,
-    quantity,
     sentence,
     split_sizes,
     write_page,
@@ -444,11 +443,7 @@ def before_after(record: Mapping[str, Any] | None) -> dict[str, Any] | None:
         "columns": columns,
         "rows": rows,
         "frontier": frontier_chart(record.get("frontier") or []),
-        "steps": [
-            (step["name"], ", ".join(f"{key.replace('_', ' ')} {quantity(value)}" for key, value in said.items()))
-            for step in record["steps"]
-            for said in [{**step["options"], **step["notes"]}]
-        ],
+        "steps": [(step["name"], named({**step["options"], **step["notes"]})) for step in record["steps"]],
     }
 
 
