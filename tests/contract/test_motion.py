@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from foveal.core import catalogue
 from foveal.core.errors import UsageError
-from foveal.core.families.motion import Motion
+from foveal.core.families.motion import Motion, as_planes
 from foveal.core.options import options_to_dict, parse_options
 from foveal.data.junctions import junctions
 from foveal.data.tracks import Tracks, in_memory
 from foveal.train.loop import train
-from foveal.train.tracks import TrackFeed, as_planes
+from foveal.train.tracks import TrackFeed
 
 METHODS = catalogue.names("motion")
 LIGHT = {"epochs": 1, "batch_size": 4, "modes": 4, "history": 3, "future": 4, "width": 16, "anneal": 2}

@@ -78,6 +78,7 @@ def test_at_junctions_only_the_map_tells():
         ("agent,time,x,y\na,0,1,\n", "row 1: y is '', expected a finite number"),
         ("agent,time,x,y\na,0,1,nan\n", "row 1: y is 'nan', expected a finite number"),
         ("agent,time,x,y\na,0,1,inf\n", "row 1: y is 'inf', expected a finite number"),
+        ("agent,time,x,y\na,0,1,1e300\n", "row 1: y is '1e300', expected a finite number"),
         ("agent,time,x,y\na,noon,1,1\n", "time is 'noon', expected a number"),
         ("agent,time,x,y\n,0,1,1\n", "row 1 names no agent"),
         ("agent,time,x,y\na,0,1,1\nb,0,1,1\n", "no agent has two rows"),

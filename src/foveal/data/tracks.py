@@ -27,6 +27,8 @@ from foveal.data.table import check_columns, reading
 
 EXPECTED = "expected columns agent, time, x and y, and if you like map and split"
 COLUMNS = ("agent", "time", "x", "y")
+LARGEST = 1e12
+"""Of the numbers that are read; networks count in float32."""
 UNEVEN = 0.01
 """Share of a step by which a time may be off."""
 
@@ -153,10 +155,10 @@ def open_tracks(data: str | Path) -> Tracks:
     check_columns(columns, name, COLUMNS, EXPECTED)
     values = [numbers(columns[column], column, name) for column in COLUMNS[1:]]
     for column, found in zip(COLUMNS[1:], values, strict=True):
-        if len(bad := np.flatnonzero(~np.isfinite(found))):
+        if len(bad := np.flatnonzero(~(np.abs(found) <= LARGEST))):
             raise DataError(
                 f"{name} row {int(bad[0]) + 1}: {column} is {printable(repr(columns[column][int(bad[0])]))}, expected "
-                "a finite number: fill it in, or leave out what comes before or after it"
+                f"a finite number up to {LARGEST:g}: fill it in, or leave out what comes before or after it"
             )
     agents = [printable(str("" if each is None else each)) for each in columns["agent"]]
     if "" in agents:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from foveal.core.families.motion import Motion
+from foveal.core.families.motion import Motion, as_planes
 from foveal.data.tracks import Tracks, unframed
 from foveal.features.session import pick_device
 
@@ -43,7 +43,7 @@ def foresee(
         maps = None
         if tracks.maps is not None:
             pixels = torch.from_numpy(np.stack([tracks.map(int(row)) for row in some]))
-            maps = pixels.to(target).permute(0, 3, 1, 2).float() / 255
+            maps = as_planes(pixels.to(target))
         found, sure = method.forecast(model, past, maps)
         modes.append(unframed(found.cpu().double().numpy(), *tracks.frames(some, history)))
         weights.append(sure.cpu().double().numpy())

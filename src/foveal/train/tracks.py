@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from foveal.core.families.motion import as_planes
 from foveal.data.tracks import Tracks
 from foveal.train.feed import Feed
 
@@ -39,8 +39,3 @@ class TrackFeed(Feed):
         if self.tracks.maps is not None:
             digest.update(repr([self.tracks.maps.ids[each] for each in self.tracks.map_of[self.rows]]).encode())
         return digest.hexdigest()
-
-
-def as_planes(maps: Tensor) -> Tensor:
-    """uint8 [b, S, S, 3] -> [b, 3, S, S] in 0..1."""
-    return maps.permute(0, 3, 1, 2).to(torch.float32) / 255

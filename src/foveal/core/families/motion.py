@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from foveal.core.errors import UsageError
@@ -49,3 +50,8 @@ class Motion(Trained):
         modes, weights = model(past, maps)
         order = weights.sort(dim=1, descending=True, stable=True).indices
         return modes.gather(1, order[..., None, None].expand_as(modes)), weights.gather(1, order)
+
+
+def as_planes(maps: Tensor) -> Tensor:
+    """uint8 [b, S, S, 3] -> [b, 3, S, S] in 0..1."""
+    return maps.permute(0, 3, 1, 2).to(torch.float32) / 255

@@ -122,7 +122,7 @@ class Forecaster(nn.Module):
         each = torch.eye(self.modes, dtype=encoded.dtype, device=encoded.device).expand(size, -1, -1)
         given = torch.cat([encoded[:, None].expand(-1, self.modes, -1), each], -1).flatten(0, 1)
         hidden = self.decoder(given[:, None].expand(-1, self.future, -1), self.start(given).tanh()[None])[0]
-        controls = self.control(hidden).unflatten(0, (size, self.modes))
+        controls = self.control(hidden).float().unflatten(0, (size, self.modes))
         speed = (past[:, -1] - past[:, -2])[:, None, None] + controls[..., :2]
         return speed.cumsum(2), (2 * controls[..., 2:].clamp(-4, 3)).exp().cumsum(2)
 
@@ -209,8 +209,8 @@ class Cab(Motion):
         self, model: Forecaster, encoded: Tensor, past: Tensor, future: Tensor, risen: float, bound: float
     ) -> tuple[Tensor, Tensor]:
         """L_cvae of a batch and the bounded logits [B, K] of its prior."""
-        prior = bounded(model.prior(encoded), bound)
-        posterior = bounded(model.posterior_of(encoded, future), bound)
+        prior = bounded(model.prior(encoded).float(), bound)
+        posterior = bounded(model.posterior_of(encoded, future).float(), bound)
         mean, variance = model.decode(encoded, past)
         fit = mixture(prior, log_likelihood(mean, variance, future)).mean()
         apart = divergence(posterior, prior).mean().clamp_min(FREE)
@@ -221,18 +221,17 @@ class Cab(Motion):
         Raises:
             DataError: a coordinate that is not finite, or windows of another length.
         """
-        network: Forecaster = getattr(model, "module", model)
         past, future, maps = batch["past"].float(), batch["future"].float(), batch.get("maps")
         check(past, future, *self.window())
-        past, future = past / network.scale, future / network.scale
-        risen = rise(int(network.steps), self.options.anneal)
+        past, future = past / model.scale, future / model.scale
+        risen = rise(int(model.steps), self.options.anneal)
         bound = self.options.clip and 0.05 + (self.options.clip - 0.05) * risen
-        encoded = network.encode(past, maps)
-        sighted, prior = self.cvae(network, encoded, past, future, risen, bound)
+        encoded = model.encode(past, maps)
+        sighted, prior = self.cvae(model, encoded, past, future, risen, bound)
         if maps is None:
             return {"loss": sighted}
-        unseen = network.encode(past, None).detach()
-        blind, other = self.cvae(network, unseen, past, future, risen, bound)
+        unseen = model.encode(past, None).detach()
+        blind, other = self.cvae(model, unseen, past, future, risen, bound)
         apart = divergence(prior, other.detach()).mean()
         total = sighted + blind - self.options.contrast * apart
         return {"loss": total, "sighted": sighted.detach(), "blind": blind.detach(), "apart": apart.detach()}
