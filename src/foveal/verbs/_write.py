@@ -16,6 +16,7 @@ from foveal.core.bundle import atomic_folder, open_bundle, seal, write_json
 from foveal.core.errors import BundleError, UsageError
 from foveal.core.options import options_to_dict
 from foveal.core.progress import Progress
+from foveal.evaluate import report
 from foveal.evaluate.card import write_card
 from foveal.evaluate.cost import cost
 from foveal.evaluate.metrics import measure
@@ -106,7 +107,8 @@ def write_bundle(
     metrics["race"] = contest
     metrics["history"] = adapted.history
     metrics |= metrics_too or {}
-    findings = find(prepared, unseen_probabilities(prepared, adapted))
+    told = unseen_probabilities(prepared, adapted) if report.verdict(metrics)["tone"] != "care" else None
+    findings = find(prepared, told)  # a model not to be relied on accuses no labels
     manifest = {
         "foveal": versions(),
         "task": dataset.task,
