@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contract.capabilities import FAMILIES, as_documented, hooks
-from tests.contract.test_adapt import CLASSES, SIZE, backbone, check_export, pixels_of
+from tests.contract.capabilities import FAMILIES, as_documented, backbone_of, hooks
+from tests.contract.test_adapt import CLASSES, SIZE, check_export, pixels_of
 from torch import nn
 
 from foveal.backbones.adapter import normalise
@@ -32,7 +32,7 @@ def create(name: str) -> Accelerate:
 
 
 def classifier(family: str) -> Classifier:
-    net = backbone(family)
+    net = backbone_of(family, SIZE)
     torch.manual_seed(1)
     return Classifier(net, nn.Linear(net.width, CLASSES)).eval()
 

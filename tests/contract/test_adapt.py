@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tests.contract.capabilities import FAMILIES, as_documented, hooks
+from tests.contract.capabilities import FAMILIES, as_documented, backbone_of, hooks
 from torch import Tensor
 
-from foveal.backbones.adapter import Backbone, Plan, build, load_backbone, normalise
+from foveal.backbones.adapter import Backbone, normalise
 from foveal.core import catalogue
 from foveal.core.errors import BackboneError, UsageError
 from foveal.core.method import Adapt, Classifier, trainable
@@ -33,17 +33,6 @@ from foveal.train.classify import train_classifier
 
 SIZE, CLASSES, IMAGES = 64, 3, 18
 METHODS = catalogue.names("adapt")
-
-
-def backbone(family: str) -> Backbone:
-    torch.manual_seed(0)
-    if family == "windowed":
-        args = {"img_size": SIZE, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
-        preprocessing = Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3)
-        plan = Plan("swin", "swin_tiny_patch4_window7_224", args, preprocessing, 32, "random")
-        return Backbone(plan, build(plan)).eval()
-    name = {"cnn": "test_efficientnet", "vit": "test_vit", "hybrid": "test_coatnet"}[family]
-    return load_backbone(name, pretrained=False, size=SIZE).eval()
 
 
 def images() -> Dataset:
@@ -98,7 +87,7 @@ def make(method: Adapt, base: Backbone, work: Path, stop_after: int | None = Non
 
 
 def rebuild(method: Adapt, family: str, weights: dict[str, Tensor]) -> Classifier:
-    empty = backbone(family)
+    empty = backbone_of(family, SIZE)
     if method.reads_features():
         head = method.head(
             {name.removeprefix("head."): value.shape for name, value in weights.items() if name.startswith("head.")}
@@ -115,7 +104,7 @@ def rebuild(method: Adapt, family: str, weights: dict[str, Tensor]) -> Classifie
 def test_contract(name: str, family: str, tmp_path: Path):
     method = catalogue.create(name)
     assert isinstance(method, Adapt)
-    given = backbone(family)
+    given = backbone_of(family, SIZE)
     before = copy.deepcopy(given.state_dict())
     try:
         made = make(method, copy.deepcopy(given), tmp_path / "work")
@@ -128,7 +117,7 @@ def test_contract(name: str, family: str, tmp_path: Path):
     assert all(torch.equal(value, before[key]) for key, value in given.state_dict().items())
     assert hooks(made) == 0
 
-    again = make(catalogue.create(name), backbone(family), tmp_path / "again")
+    again = make(catalogue.create(name), backbone_of(family, SIZE), tmp_path / "again")
     x = normalise(pixels_of(given.preprocessing), given.preprocessing)
     with torch.inference_mode():
         logits = made(x)
@@ -142,8 +131,8 @@ def test_contract(name: str, family: str, tmp_path: Path):
 
     if not method.reads_features():
         with pytest.raises(KeyboardInterrupt):
-            make(catalogue.create(name), backbone(family), tmp_path / "cut", stop_after=4)
-        resumed = make(catalogue.create(name), backbone(family), tmp_path / "cut")
+            make(catalogue.create(name), backbone_of(family, SIZE), tmp_path / "cut", stop_after=4)
+        resumed = make(catalogue.create(name), backbone_of(family, SIZE), tmp_path / "cut")
         for key, value in made.state_dict().items():
             assert torch.equal(value, resumed.state_dict()[key]), f"resumed training ended with another {key}"
         check_gradients(method, family)
@@ -153,7 +142,7 @@ def test_contract(name: str, family: str, tmp_path: Path):
 
 def check_gradients(method: Adapt, family: str) -> None:
     """Exactly what `trainable` names gets a gradient; frozen parts keep their batch-norm statistics."""
-    model = method.attach(backbone(family), CLASSES)
+    model = method.attach(backbone_of(family, SIZE), CLASSES)
     declared = {key for key, _ in trainable(model)}
     batch = {
         "images": normalise(pixels_of(model.backbone.preprocessing), model.backbone.preprocessing),

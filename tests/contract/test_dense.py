@@ -10,10 +10,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from tests.contract.capabilities import FAMILIES, as_documented, hooks
+from tests.contract.capabilities import FAMILIES, as_documented, backbone_of, hooks
 from torch import Tensor, nn
 
-from foveal.backbones.adapter import Backbone, Plan, build, load_backbone, normalise
+from foveal.backbones.adapter import normalise
 from foveal.core import catalogue
 from foveal.core.errors import BackboneError, UsageError
 from foveal.core.families.dense import Dense
@@ -41,20 +41,8 @@ def light(name: str) -> Dense:
     return method
 
 
-def backbone_of(family: str) -> Backbone:
-    torch.manual_seed(0)
-    if family == "windowed":
-        args = {"img_size": SIZE, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
-        plan = Plan(
-            "swin", "swin_tiny_patch4_window7_224", args, Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3), 32, "random"
-        )
-        return Backbone(plan, build(plan))
-    name = {"cnn": "test_efficientnet", "vit": "test_vit", "hybrid": "test_coatnet"}[family]
-    return load_backbone(name, pretrained=False, size=SIZE)
-
-
 def attached(name: str, family: str) -> tuple[nn.Module, Preprocessing]:
-    backbone = backbone_of(family)
+    backbone = backbone_of(family, SIZE)
     torch.manual_seed(1)
     return light(name).attach(backbone, 10), backbone.preprocessing
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.contract.capabilities import FAMILIES, as_documented, hooks
-from tests.contract.test_adapt import CLASSES, DATA, ROWS, SIZE, backbone, check_export, pixels_of
+from tests.contract.capabilities import FAMILIES, as_documented, backbone_of, hooks
+from tests.contract.test_adapt import CLASSES, DATA, ROWS, SIZE, check_export, pixels_of
 from torch import nn
 
 from foveal.backbones.adapter import load_backbone, normalise
@@ -49,7 +49,7 @@ def make(
             raise KeyboardInterrupt
 
     torch.manual_seed(3)
-    student = method.attach(backbone(family), CLASSES)
+    student = method.attach(backbone_of(family, SIZE), CLASSES)
     recipe = dataclasses.replace(method.recipe(), epochs=2, batch_size=6)
     feed = TaughtImages(
         DATA, DATA.labels, ROWS, student.backbone.preprocessing, torch.ones(CLASSES), recipe,
@@ -74,7 +74,7 @@ def test_contract(name: str, family: str, tmp_path: Path):
     assert [each.requires_grad for each in teacher.parameters()] == flags
     assert not any(each.training for each in teacher.modules())
     assert hooks(made) == hooks(teacher) == 0
-    assert made.state_dict().keys() == create(name).attach(backbone(family), CLASSES).state_dict().keys()
+    assert made.state_dict().keys() == create(name).attach(backbone_of(family, SIZE), CLASSES).state_dict().keys()
 
     x = normalise(pixels_of(made.backbone.preprocessing), made.backbone.preprocessing)
     again = make(create(name), family, teacher, tmp_path / "again")
@@ -82,7 +82,7 @@ def test_contract(name: str, family: str, tmp_path: Path):
         logits = made(x)
         assert torch.isfinite(logits).all()
         assert torch.equal(again(x), logits), "the same seed gave another result"
-        loaded = create(name).finish(create(name).attach(backbone(family), CLASSES))
+        loaded = create(name).finish(create(name).attach(backbone_of(family, SIZE), CLASSES))
         loaded.load_state_dict(copy.deepcopy(made.state_dict()))
         assert torch.equal(loaded.eval()(x), logits), "saving and loading changed the answers"
     with pytest.raises(KeyboardInterrupt):
@@ -111,7 +111,7 @@ def test_the_feed_mixes_labelled_and_unlabelled():
     """Every labelled image once an epoch, as many unlabelled beside them, these drawn pass after pass."""
     few = DATA.subset(ROWS[:4])
     recipe = dataclasses.replace(create(METHODS[0]).recipe(), augment="strong")
-    p = backbone("cnn").preprocessing
+    p = backbone_of("cnn", SIZE).preprocessing
     smaller = dataclasses.replace(p, size=32)
     feed = TaughtImages(
         DATA, DATA.labels, ROWS[2:], p, torch.ones(CLASSES), recipe, teacher=smaller, unlabelled=few

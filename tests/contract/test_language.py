@@ -10,14 +10,12 @@ import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.contract.capabilities import FAMILIES, as_documented, hooks
+from tests.contract.capabilities import FAMILIES, as_documented, backbone_of, hooks
 
-from foveal.backbones.adapter import Backbone, Plan, build, load_backbone
 from foveal.backbones.causal_text import CausalText, describe_text, rebuild_text
 from foveal.core import catalogue
 from foveal.core.errors import BackboneError, UsageError
 from foveal.core.families.language import Language
-from foveal.core.preprocessing import Preprocessing
 from foveal.data.captioned import digit_pairs
 from foveal.features.graph import to_onnx
 from foveal.features.towers import encode_images, encode_texts
@@ -39,18 +37,8 @@ def light(name: str) -> Language:
     return method
 
 
-def backbone_of(family: str) -> Backbone:
-    torch.manual_seed(0)
-    if family == "windowed":
-        args = {"img_size": SIZE, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
-        plan = Plan("swin", "swin_tiny_patch4_window7_224", args, Preprocessing(SIZE, HALF, HALF), 32, "random")
-        return Backbone(plan, build(plan)).eval()
-    name = {"cnn": "test_efficientnet", "vit": "test_vit", "hybrid": "test_coatnet"}[family]
-    return load_backbone(name, pretrained=False, size=SIZE).eval()
-
-
 def start(name: str, family: str) -> tuple[Language, Any]:
-    method, backbone = light(name), backbone_of(family)
+    method, backbone = light(name), backbone_of(family, SIZE)
     torch.manual_seed(1)
     return method, method.attach(backbone, CausalText(16, 1, context=32))
 
@@ -91,7 +79,7 @@ def test_contract(name: str, family: str, tmp_path: Path):
 
     save_weights(model, tmp_path / "weights.safetensors")
     text = rebuild_text(describe_text(model.text), model.text.tokenizer)
-    loaded: Any = method.finish(method.attach(backbone_of(family), text))
+    loaded: Any = method.finish(method.attach(backbone_of(family, SIZE), text))
     loaded.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     assert torch.equal(encode_images(loaded, held.images, p, device="cpu"), vectors)
     assert torch.equal(encode_texts(loaded, ["one then two", "three then four"], device="cpu"), words)

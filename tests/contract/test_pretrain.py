@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.contract.capabilities import FAMILIES, as_documented, hooks
+from tests.contract.capabilities import FAMILIES, as_documented, backbone_of, hooks
 from tests.train.helpers import tiny_dataset
 from torch import Tensor
 
-from foveal.backbones.adapter import Backbone, Plan, build, load_backbone
+from foveal.backbones.adapter import Backbone
 from foveal.core import catalogue
 from foveal.core.errors import BackboneError, FovealError, UsageError
 from foveal.core.families.pretrain import Pretrain
-from foveal.core.preprocessing import Preprocessing
 from foveal.core.seeds import seed_everything
 from foveal.train.events import Event, TrainResult
 from foveal.train.loop import train
@@ -38,24 +37,12 @@ def light(name: str) -> Pretrain:
     return method
 
 
-def backbone(family: str) -> Backbone:
-    torch.manual_seed(0)
-    if family == "windowed":
-        args = {"img_size": SIZE, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
-        plan = Plan(
-            "swin", "swin_tiny_patch4_window7_224", args, Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3), 32, "random"
-        )
-        return Backbone(plan, build(plan))
-    name = {"cnn": "test_efficientnet", "vit": "test_vit", "hybrid": "test_coatnet"}[family]
-    return load_backbone(name, pretrained=False, size=SIZE)
-
-
 def feed(method: Pretrain, net: Backbone) -> ViewFeed:
     return ViewFeed(DATASET, net.preprocessing, method.views(), "tiny")
 
 
 def run(method: Pretrain, family: str, work: Path, stop_at: int = 0) -> TrainResult:
-    net = backbone(family)
+    net = backbone_of(family, SIZE)
     seed_everything(3)
     model = method.attach(net)
 
@@ -74,7 +61,7 @@ def images(count: int) -> Tensor:
 @pytest.mark.parametrize("name", METHODS)
 def test_contract(name: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     method = light(name)
-    net = backbone(family)
+    net = backbone_of(family, SIZE)
     start = copy.deepcopy(net.state_dict())
     try:
         model = method.attach(net)
@@ -120,7 +107,7 @@ def test_contract(name: str, family: str, tmp_path: Path, monkeypatch: pytest.Mo
     first = run(method, family, tmp_path / "first").model
     assert hooks(first) == 0
     assert all(p.requires_grad for p in first.parameters())
-    plain = backbone(family)
+    plain = backbone_of(family, SIZE)
     plain.load_state_dict(first.state_dict(), strict=True)
     with torch.no_grad():
         for batch in (3, 1):
@@ -143,7 +130,7 @@ def test_contract(name: str, family: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("name", METHODS)
 def test_views_are_images_of_the_backbones_size(name: str):
-    method, net = light(name), backbone("cnn")
+    method, net = light(name), backbone_of("cnn", SIZE)
     views = method.views()
     low, high = views.area
     assert 0 < low <= high <= 1

@@ -14,10 +14,9 @@ import onnxruntime
 import pytest
 import torch
 from PIL import Image
-from tests.contract.capabilities import FAMILIES, as_documented, hooks
+from tests.contract.capabilities import FAMILIES, as_documented, backbone_of, hooks
 from torch import Tensor, nn
 
-from foveal.backbones.adapter import Backbone, Plan, build, load_backbone
 from foveal.backbones.pair import state_hash
 from foveal.backbones.wrapper import Encoder
 from foveal.core import catalogue
@@ -45,16 +44,7 @@ def light(name: str) -> Robust:
 
 
 def classifier(family: str) -> tuple[Classifier, Preprocessing]:
-    torch.manual_seed(0)
-    if family == "windowed":
-        args = {"img_size": SIZE, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
-        plan = Plan(
-            "swin", "swin_tiny_patch4_window7_224", args, Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3), 32, "random"
-        )
-        backbone = Backbone(plan, build(plan))
-    else:
-        name = {"cnn": "test_efficientnet", "vit": "test_vit", "hybrid": "test_coatnet"}[family]
-        backbone = load_backbone(name, pretrained=False, size=SIZE)
+    backbone = backbone_of(family, SIZE)
     return Classifier(backbone, nn.Linear(backbone.width, 3)).eval(), backbone.preprocessing
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.contract.capabilities import FAMILIES, as_documented, hooks
-from tests.contract.test_adapt import CLASSES, DATA, backbone, check_export, pixels_of
+from tests.contract.capabilities import FAMILIES, as_documented, backbone_of, hooks
+from tests.contract.test_adapt import CLASSES, DATA, SIZE, check_export, pixels_of
 from torch import Tensor, nn
 
 from foveal.backbones.adapter import normalise
@@ -60,7 +60,7 @@ def light(name: str) -> Shrink:
 
 
 def classifier(family: str) -> Classifier:
-    net = backbone(family)
+    net = backbone_of(family, SIZE)
     torch.manual_seed(1)
     return Classifier(net, nn.Linear(net.width, CLASSES)).eval()
 

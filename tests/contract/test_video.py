@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.contract.capabilities import FAMILIES, as_documented, hooks
+from tests.contract.capabilities import FAMILIES, as_documented, backbone_of, hooks
 from torch import Tensor
 
-from foveal.backbones.adapter import Backbone, Plan, build, load_backbone
 from foveal.core import catalogue
 from foveal.core.errors import BackboneError, UsageError
 from foveal.core.families.video import ClipClassifier, Video
@@ -27,18 +26,6 @@ from foveal.train.loop import train
 
 SIZE, FRAMES = 64, 3
 CLASSES = ("left", "right")
-
-
-def backbone(family: str) -> Backbone:
-    torch.manual_seed(0)
-    if family == "windowed":
-        args = {"img_size": SIZE, "window_size": 4, "embed_dim": 16, "depths": (1, 1), "num_heads": (1, 2)}
-        plan = Plan(
-            "swin", "swin_tiny_patch4_window7_224", args, Preprocessing(SIZE, (0.5,) * 3, (0.5,) * 3), 32, "random"
-        )
-        return Backbone(plan, build(plan))
-    name = {"cnn": "test_efficientnet", "vit": "test_vit", "hybrid": "test_coatnet"}[family]
-    return load_backbone(name, pretrained=False, size=SIZE)
 
 
 def some_clips() -> Clips:
@@ -55,7 +42,7 @@ def some_clips() -> Clips:
 
 
 def taught(method: Video, family: str, work: Path) -> ClipClassifier:
-    clips, net = some_clips(), backbone(family)
+    clips, net = some_clips(), backbone_of(family, SIZE)
     seed_everything(1)
     model = method.attach(net, CLASSES)
     feed = LabelledClips(clips, np.arange(len(clips)), method, net.preprocessing, torch.ones(2))
@@ -74,7 +61,7 @@ def test_contract(name: str, family: str, tmp_path: Path):
     method = catalogue.create(name, frames=FRAMES, epochs=1, batch_size=4)
     assert isinstance(method, Video)
     classes = list(CLASSES)
-    net = backbone(family)
+    net = backbone_of(family, SIZE)
     try:
         model = method.attach(net, classes)
     except (BackboneError, UsageError) as refusal:
@@ -82,7 +69,7 @@ def test_contract(name: str, family: str, tmp_path: Path):
         assert hooks(net) == 0
         assert all(
             torch.equal(a, b)
-            for a, b in zip(net.state_dict().values(), backbone(family).state_dict().values(), strict=True)
+            for a, b in zip(net.state_dict().values(), backbone_of(family, SIZE).state_dict().values(), strict=True)
         )
         as_documented(name, family, "refuses")
         return
@@ -105,7 +92,7 @@ def test_contract(name: str, family: str, tmp_path: Path):
     save_file(
         {key: value.contiguous().clone() for key, value in first.state_dict().items()}, tmp_path / "w.safetensors"
     )
-    loaded = method.finish(method.attach(backbone(family), CLASSES))
+    loaded = method.finish(method.attach(backbone_of(family, SIZE), CLASSES))
     loaded.load_state_dict(load_file(tmp_path / "w.safetensors"))
     assert torch.equal(answers(method, loaded), found), "saved and loaded, another model"
 
@@ -128,7 +115,7 @@ def test_it_exports(name: str, family: str, tmp_path: Path):
 
     method = catalogue.create(name, frames=FRAMES)
     assert isinstance(method, Video)
-    model = method.attach(backbone(family), CLASSES).eval()
+    model = method.attach(backbone_of(family, SIZE), CLASSES).eval()
     for parameter in model.head.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(1, FRAMES, 3, SIZE, SIZE)

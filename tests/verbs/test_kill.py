@@ -67,8 +67,9 @@ def test_a_killed_comparison_keeps_its_rows(photos: Path, cache: Path, tiny: str
 def test_interrupted_by_the_keyboard_it_says_how_to_go_on(photos: Path, cache: Path, tiny: str, tmp_path: Path):
     command = [str(Path(sys.executable).parent / "foveal"), "fit", str(photos), "--backbone", tiny]
     process = subprocess.Popen(
-        [*command, "--method", "full:epochs=200", "--out", str(tmp_path / "b")], stderr=subprocess.PIPE, text=True
-    )
+        [*command, "--method", "full:epochs=200", "--out", str(tmp_path / "b")], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what runs in the background ignores it
+    )  # fmt: skip
     while not (tmp_path / "b.work").exists() and process.poll() is None:
         time.sleep(0.1)
     time.sleep(1)
