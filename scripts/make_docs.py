@@ -42,8 +42,9 @@ COMMANDS = {
     "video": "foveal fit CLIPS --task video",
 }
 WORKS = {
-    "accelerate": "the weights stay as they are and the multiply-accumulates fall; rebuilt from its plan and exported "
-    "to ONNX, it answers the same; tokens that left give the others what masked ones would",
+    "accelerate": "the weights stay as they are and the multiply-accumulates fall, or these stay and the blocks become "
+    "fewer; rebuilt from its plan and exported to ONNX, it answers the same; tokens that left give the others what "
+    "masked ones would",
     "adapt": "the same seed gives the same model; saved, loaded, resumed and exported to ONNX, it answers the same",
     "continual": "grown, saved, loaded, resumed and exported to ONNX, it answers the same; the old model is as before, "
     "and old answers are equal bit by bit until training, or for good where that is promised",
@@ -195,8 +196,9 @@ def cards_of(file: Path) -> list[dict[str, Any]]:
     module = import_module(f"foveal.architectures.{file.stem}")
     names = sorted(path.stem for path in cards.card_path("").parent.glob("*.toml"))
     own = [name for name in names if name.replace("-", "_") == file.stem]
-    variants = [name for name in names if name not in own and hasattr(module, name.replace("-", "_"))]
-    return [cards.read_card(name) for name in [*own, *variants] if name not in catalogue.families()]
+    others = [name for name in names if name not in own and name not in catalogue.families()]
+    variants = [name for name in others if hasattr(module, name.replace("-", "_"))]
+    return [cards.read_card(name) for name in [*own, *variants]]
 
 
 def architecture_page(file: Path) -> str:
