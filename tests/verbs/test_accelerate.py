@@ -74,3 +74,17 @@ def test_refusals(vit: Path, faster: Path, colours: foveal.Bundle, tmp_path: Pat
     with pytest.raises(UsageError, match="tau=0: input should be greater than 0"):
         foveal.shrink(vit, method="expedit:tau=0", out=tmp_path / "x", offline=True)
     assert not (tmp_path / "x").exists()
+
+
+def test_parallel_blocks_are_tuned_on_the_bundles_own_images(vit: Path, photos: Path, tmp_path: Path):
+    made = foveal.shrink(vit, method="three-things-vit:steps=3", out=tmp_path / "par", max_drop=1.0, offline=True)
+    before, after = made["sides"]["before"], made["sides"]["after"]
+    assert before["macs"] == after["macs"]
+    assert after["parameters"] < before["parameters"]
+    assert made["steps"][0]["notes"] == {"blocks": "6 x 1 -> 3 x 2", "merged": True, "tuned": 3}
+    bundle = foveal.load(tmp_path / "par")
+    assert bundle.cost["shrunk"]["frontier"] == []
+    assert "At other budgets" not in (tmp_path / "par" / "report.html").read_text(encoding="utf-8")
+    assert len(bundle.model.classifier.backbone.blocks) == 3
+    (row,) = bundle.predict([photos / "red" / "00.jpg"])
+    assert 0 < row["probability"] <= 1

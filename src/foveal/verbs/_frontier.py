@@ -25,8 +25,11 @@ def frontier(
     method: Accelerate, model: Classifier, prepared: Prepared, test: np.ndarray, exporter: Exporter, device: str
 ) -> list[dict[str, Any]]:
     """`model` as it is and at each budget of the method, from dear to cheap: name, share of its MACs, balanced
-    accuracy on the test rows, and milliseconds of one image in ONNX Runtime, all timed in turns in this run."""
+    accuracy on the test rows, and milliseconds of one image in ONNX Runtime, all timed in turns in this run. Nothing if
+    the method has no budgets."""
     models = {"dense": model, **method.frontier(model)}
+    if len(models) == 1:
+        return []
     preprocessing, dataset = exporter.preprocessing, prepared.dataset
     size = preprocessing.size
     with tempfile.TemporaryDirectory() as folder:

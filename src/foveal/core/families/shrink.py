@@ -94,7 +94,8 @@ class Shrink(Method):
 
 
 class Accelerate(Shrink):
-    """The same hooks for a method that keeps the weights and does less with them, such as with fewer tokens."""
+    """The same hooks for a method that keeps the weights and does less with them, such as with fewer tokens, or does as
+    much in fewer steps; the second kind has no `targets` and no other budgets."""
 
     def frontier(self, model: Classifier) -> dict[str, Classifier]:
         """What this method makes of `model` at other budgets, by a name for each, from dear to cheap. The report plots
