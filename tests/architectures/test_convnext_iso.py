@@ -71,3 +71,5 @@ def test_bad_input_names_the_numbers():
         small(depth=3)
     with pytest.raises(BackboneError, match="12x64 pixels: isotropic ConvNeXt needs at least 16x16"):
         small()(torch.zeros(1, 3, 12, 64))
+    with pytest.raises(BackboneError, match="convnext_iso_base with pretrained=True: no weights are published"):
+        timm.create_model("convnext_iso_base", pretrained=True)

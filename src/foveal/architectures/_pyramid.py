@@ -3,7 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -180,8 +180,21 @@ def build_pyramid(
     cls: type[Pyramid], variant: str, pretrained: bool, defaults: dict[str, Any], given: dict[str, Any], **more: Any
 ) -> Any:
     """timm's way from a variant's defaults and the caller's arguments to a model; `features_only` works."""
+    refuse_pretrained(variant, pretrained, given)
     feature_cfg = {"out_indices": tuple(range(len(defaults["depths"]))), "feature_cls": "getter"}
     return build_model_with_cfg(cls, variant, pretrained, feature_cfg=feature_cfg, **more, **{**defaults, **given})
+
+
+def refuse_pretrained(variant: str, pretrained: bool, given: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        BackboneError: pretrained weights of a variant that has none, with no file of the caller's own to read.
+    """
+    if pretrained and not (given.get("pretrained_cfg") or given.get("pretrained_cfg_overlay")):
+        raise BackboneError(
+            f"{variant} with pretrained=True: no weights are published for it; use pretrained=False, or load a file of "
+            f"your own as {variant}@FILE.safetensors"
+        )
 
 
 def cfg(first_conv: str = "stem.0", classifier: str = "head.fc", size: int = 224, **more: Any) -> dict[str, Any]:

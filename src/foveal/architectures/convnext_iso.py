@@ -27,7 +27,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
-from foveal.architectures._pyramid import Pyramid, Stage, cfg, pooled_head
+from foveal.architectures._pyramid import Pyramid, Stage, cfg, pooled_head, refuse_pretrained
 from foveal.architectures._registry import register_model
 from foveal.core.errors import BackboneError
 
@@ -109,6 +109,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def create(variant: str, pretrained: bool, given: dict[str, Any], **defaults: Any) -> ConvNeXtIso:
+    refuse_pretrained(variant, pretrained, given)
     feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
     return build_model_with_cfg(ConvNeXtIso, variant, pretrained, feature_cfg=feature_cfg, **{**defaults, **given})
 
