@@ -225,7 +225,7 @@ def leaving(linear: nn.Linear, scale: nn.Module) -> tuple[Tensor, Tensor]:
     return linear.weight.double() * gamma.reshape(-1, 1), bias * gamma
 
 
-def put(linear: nn.Linear, weight: Tensor, bias: Tensor) -> None:
+def put(linear: Any, weight: Tensor, bias: Tensor) -> None:
     linear.weight.copy_(weight)
     linear.bias.copy_(bias)
 
