@@ -12,7 +12,7 @@ from foveal.architectures.hornet import GlobalFilter, GnConv, HorFPN, checkpoint
 from foveal.core.errors import BackboneError
 from foveal.features.graph import to_onnx
 
-TINY = ("hornet_tiny_7x7", {"dims": (16, 32, 64, 128), "depths": (1, 1, 1, 1)})
+TINY = ("hornet_tiny_gf", {"dims": (16, 32, 64, 128), "depths": (1, 1, 1, 1)})
 
 
 def test_the_papers_large_counts_hold_the_head_of_imagenet_22k():
