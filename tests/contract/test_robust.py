@@ -6,6 +6,7 @@ Either the whole contract holds, or the method refuses the network with a clear 
 import copy
 import dataclasses
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,24 @@ from tests.contract.capabilities import FAMILIES, as_documented, backbone_of, ho
 from torch import Tensor, nn
 
 from foveal.backbones.pair import state_hash
-from foveal.backbones.wrapper import Encoder
+from foveal.backbones.wrapper import Encoder, OpenModel
 from foveal.core import catalogue
 from foveal.core.errors import BackboneError, UsageError
 from foveal.core.families.robust import Perturbation, Robust
 from foveal.core.method import Classifier
 from foveal.core.preprocessing import Preprocessing
 from foveal.data.dataset import Dataset, Memory
+from foveal.data.images import to_pixels
 from foveal.data.worlds import garbage
 from foveal.features.graph import to_onnx
 from foveal.train.loop import train
 from foveal.train.unlabelled import UnitImages
 
 SIZE, IMAGES = 64, 8
-METHODS = catalogue.names("robust")
-LIGHT = {"candidates": 4, "width": 2, "steps": 2}
+METHODS = [catalogue.get(name) for name in catalogue.names("robust")]
+EXAMINERS = [each.name for each in METHODS if issubclass(each, Robust) and each.examines()]
+ATTACKS = [each.name for each in METHODS if each.name not in EXAMINERS]
+LIGHT = {"candidates": 4, "width": 2, "steps": 2, "patches": 4000, "filters": 6}
 """Options that set how much work is done, where a method has one of the name."""
 
 
@@ -61,6 +65,10 @@ def images() -> Dataset:
 DATA = images()
 
 
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
 def learnt(name: str, encoder: Encoder, p: Preprocessing, work: Path, stop_after: int | None = None) -> Perturbation:
     """What `audit` does with a method; `stop_after` steps it is cut off as by a kill."""
 
@@ -78,7 +86,7 @@ def learnt(name: str, encoder: Encoder, p: Preprocessing, work: Path, stop_after
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ATTACKS)
 def test_contract(name: str, family: str, tmp_path: Path):
     module, p = classifier(family)
     before, flags = copy.deepcopy(module.state_dict()), [each.requires_grad for each in module.parameters()]
@@ -127,14 +135,62 @@ def check_saved(made: Perturbation, x: Tensor, attacked: Tensor, folder: Path) -
     assert np.allclose(session.run(None, {"images": x[:2].numpy()})[0], attacked[:2].numpy(), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", EXAMINERS)
+def test_contract_of_examinations(name: str, family: str):
+    module, p = classifier(family)
+    before, flags = copy.deepcopy(module.state_dict()), [each.requires_grad for each in module.parameters()]
+    x = torch.stack([to_tensor(to_pixels(DATA.image(row), p)) for row in range(IMAGES)])
+    kept = x.clone()
+    try:
+        found = light(name).examine(OpenModel(module, p), x, 3)
+    except (BackboneError, UsageError) as refusal:
+        assert len(str(refusal)) > 30, f"refusal says too little: {refusal}"
+        as_documented(name, family, "refuses")
+        return
+    assert torch.equal(x, kept)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    assert [each.requires_grad for each in module.parameters()] == flags
+    assert all(each.grad is None for each in module.parameters())
+    assert hooks(module) == 0
+    assert len(found.verdict) > 30
+    told = json.dumps(found.numbers, allow_nan=False)
+    again = light(name).examine(OpenModel(module, p), x, 3)
+    assert json.dumps(again.numbers) == told, "the same seed found something else"
+    assert all(torch.equal(value, again.tensors[key]) for key, value in found.tensors.items())
+    for section in found.sections:
+        assert all(set(section.columns) | set(section.lines) <= set(row) for row in section.rows)
+        for pixels in section.pictures.values():
+            assert pixels.dtype == np.uint8
+            assert pixels.shape[2:] == (3,)
+    as_documented(name, family, "works")
+
+
+@pytest.mark.parametrize("name", EXAMINERS)
+def test_a_crash_in_an_examined_network_leaves_nothing_behind(name: str):
+    module, p = classifier("cnn")
+    flags = [each.requires_grad for each in module.parameters()]
+    module.head = nn.Linear(1, 1)
+    with pytest.raises(RuntimeError):
+        light(name).examine(OpenModel(module.eval(), p), torch.rand(2, 3, SIZE, SIZE), 0)
+    assert hooks(module) == 0
+    assert [each.requires_grad for each in module.parameters()] == flags
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, *EXAMINERS])
 def test_what_a_method_does_not_do_it_says(name: str):
+    if name in EXAMINERS:
+        with pytest.raises(UsageError, match=f"{name} does not attack: `examine` is what it has"):
+            light(name).attack(nn.Identity(), SIZE)
+    else:
+        with pytest.raises(UsageError, match=f"{name} examines nothing: it attacks"):
+            light(name).examine(nn.Identity(), torch.rand(1, 3, 8, 8), 0)
     if type(light(name)).defend is Robust.defend:
         with pytest.raises(UsageError, match=f"{name} does not defend"):
             light(name).defend(nn.Identity())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ATTACKS)
 def test_a_crash_in_the_encoder_leaves_nothing_behind(name: str, tmp_path: Path):
     module, p = classifier("cnn")
 

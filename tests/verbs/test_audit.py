@@ -92,7 +92,8 @@ def test_what_is_refused(
     bundle: foveal.Bundle, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    with pytest.raises(UsageError, match="linear is a method of family adapt: expected one that attacks, advencoder"):
+    expected = "linear is a method of family adapt: expected one that attacks or examines, advencoder or filter-design"
+    with pytest.raises(UsageError, match=expected):
         foveal.audit(bundle.path, str(photos), method="linear", out=tmp_path / "x")
     with pytest.raises(UsageError, match="--images 1: expected at least 2"):
         foveal.audit(bundle.path, str(photos), images=1, out=tmp_path / "x")
@@ -109,4 +110,54 @@ def test_what_is_refused(
         main()
     assert stopped.value.code == 2
     assert "eps=10: images are in [0, 1] here, give 10/255 = 0.0392" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_examination_needs_no_labels_and_writes_page_numbers_weights_and_pictures(
+    bundle: foveal.Bundle, photos: Path, tmp_path: Path
+):
+    unlabelled = tmp_path / "unlabelled"
+    unlabelled.mkdir()
+    for number, file in enumerate(sorted(photos.glob("*/*.jpg"))[:10]):
+        (unlabelled / f"{number}.jpg").write_bytes(file.read_bytes())
+    before = state_hash(foveal.load(bundle.path).model)
+    choice = "filter-design:bank=pca,filters=6,patches=2000"
+    result = foveal.audit(bundle.path, str(unlabelled), method=choice, images=8, out=tmp_path / "out")
+    assert state_hash(foveal.load(bundle.path).model) == before
+    told = json.loads((tmp_path / "out" / "audit.json").read_text(encoding="utf-8"))
+    assert told["examined"] == "8 images of unlabelled, without labels"
+    assert told["options"]["bank"] == "pca"
+    net = foveal.load(bundle.path).model.classifier.backbone.model
+    convs = {name: each for name, each in net.named_modules() if isinstance(each, torch.nn.Conv2d)}
+    assert {layer["name"] for layer in told["found"]["layers"]} == set(convs)
+    assert told["found"]["weights"] == sum(each.weight.numel() for each in convs.values())
+    assert load_file(tmp_path / "out" / "tensors.safetensors")["weight"].shape == (6, 3, 3, 3)
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert page.count('src="data:image/png;base64,') == len(told["pictures"]) >= 2
+    assert 'src="http' not in page
+    for words in (told["verdict"], "The first layer", "pca on patches of 3 x 3, 6 filters", "conv_stem"):
+        assert words in page
+    for name in told["pictures"]:
+        assert np.asarray(Image.open(tmp_path / "out" / name)).shape[2] == 3
+    assert result.to_text().endswith("index.html")
+    assert told["verdict"] in result.to_text()
+    again = foveal.audit(bundle.path, str(unlabelled), method=choice, images=8, out=tmp_path / "out")
+    assert again["found"] == told["found"]
+
+
+def test_an_examination_leaves_out_what_was_held_out_and_refuses_constant_images(
+    bundle: foveal.Bundle, photos: Path, tmp_path: Path
+):
+    method = "filter-design:bank=random"
+    result = foveal.audit(bundle.path, str(photos), method=method, images=200, out=tmp_path / "out")
+    number, about = result["examined"].split(" ", 1)
+    assert about == "images of photos that were not held out, without labels"
+    assert int(number) < 48
+    (tmp_path / "grey").mkdir()
+    for index in range(3):
+        Image.new("RGB", (90, 90), (9 * index, 0, 0)).save(tmp_path / "grey" / f"{index}.png")
+    with pytest.raises(DataError, match="all 3 images are constant: zero variance"):
+        foveal.audit(bundle.path, str(tmp_path / "grey"), method=method, out=tmp_path / "x")
+    with pytest.raises(UsageError, match="--images 0: expected at least 1"):
+        foveal.audit(bundle.path, str(photos), method=method, images=0, out=tmp_path / "x")
     assert not (tmp_path / "x").exists()

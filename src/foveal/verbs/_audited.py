@@ -124,7 +124,9 @@ def chosen(choice: str) -> Robust:
     method = catalogue.create(choice)
     if not isinstance(method, Robust):
         able = " or ".join(catalogue.names("robust"))
-        raise UsageError(f"{method.name} is a method of family {method.spec.family}: expected one that attacks, {able}")
+        raise UsageError(
+            f"{method.name} is a method of family {method.spec.family}: expected one that attacks or examines, {able}"
+        )
     return method
 
 

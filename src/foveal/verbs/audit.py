@@ -1,4 +1,4 @@
-"""`foveal audit`: how easily a Bundle is fooled."""
+"""`foveal audit`: how easily a Bundle is fooled, or what is inside of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ def audit(
     *,
     method: Annotated[str, "NAME or NAME:key=value,... of a robust method."] = "advencoder",
     out: Annotated[Path | None, "Folder of the page; default runs/BUNDLE-audit."] = None,
-    images: Annotated[int, "How many images the attack learns from, and how many others it is measured on."] = 200,
+    images: Annotated[
+        int, "Images an attack learns from, and as many others to measure on; or images to look at."
+    ] = 200,
     seed: SeedOption = 0,
     offline: OfflineOption = False,
     device: DeviceOption = "auto",
@@ -27,12 +29,19 @@ def audit(
     The attack learns from images of DATA without their labels, and is measured on others. Writes into --out
     index.html, audit.json, the change that was learnt (perturbation.safetensors) and pictures of what it does.
 
+    A method that examines instead (filter-design) looks inside the network, with images of DATA that need no labels,
+    and writes the same page, numbers and pictures of what it found.
+
     Example: foveal audit runs/digits sample:digits --method advencoder:epochs=2 --images 16 --out audit
     """
-    from foveal.verbs._audited import audited
+    from functools import partial
+
+    from foveal.verbs._audited import audited, chosen
+    from foveal.verbs._examined import examined
 
     default = Path("runs") / f"{Path(bundle).resolve().name}-audit"
-    content = audited(
+    judge = chosen(method)
+    content = (partial(examined, judge) if judge.examines() else audited)(
         bundle, data, method, out=Path(out or default), images=images, seed=seed,
         offline=offline, device=device, progress=progress or Progress(),
     )  # fmt: skip
@@ -42,6 +51,8 @@ def audit(
 def text(content: dict[str, Any]) -> str:
     from foveal.evaluate.audited import KINDS, size
 
+    if "examined" in content:
+        return "\n".join([content["verdict"], *content["findings"], f"{content['folder']}/index.html"])
     clean = content["found"]["clean"]
     lines = [f"{content['found']['n']} images ({content['measured']}): accuracy {clean['accuracy']:.1%}"]
     for row in content["found"]["sizes"]:

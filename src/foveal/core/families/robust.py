@@ -1,9 +1,13 @@
-"""The robust family: a network and images nobody labelled -> an attack on it, or a network that is harder to fool."""
+"""The robust family: a network and images nobody labelled -> an attack on it, what a look inside finds, or a network
+that is harder to fool."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,8 +43,50 @@ class Perturbation(nn.Module):
         return bool(self.mask.any())
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of an examination's page: a table, pictures, lines, or some of them.
+
+    Attributes:
+        columns: key in a row -> heading.
+        pictures: caption -> pixels uint8 [H, W, 3].
+        lines: key in a row -> what it is; at most three, drawn over the number of the row, where a row has it.
+        measure: what is drawn upwards.
+    """
+
+    title: str
+    about: str
+    columns: Mapping[str, str] = field(default_factory=dict[str, str])
+    rows: Sequence[Mapping[str, Any]] = ()
+    pictures: Mapping[str, np.ndarray] = field(default_factory=dict[str, np.ndarray])
+    lines: Mapping[str, str] = field(default_factory=dict[str, str])
+    measure: str = ""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What a look inside a network found.
+
+    Attributes:
+        good: whether nothing was found that should be changed.
+        verdict: one or two sentences.
+        findings: what deserves attention, the most important first.
+        tiles: name -> the few numbers on top.
+        numbers: every number, as JSON holds it: finite or None.
+        tensors: what may be used further, by name.
+    """
+
+    good: bool
+    verdict: str
+    findings: Sequence[str]
+    tiles: Mapping[str, Any]
+    sections: Sequence[Section]
+    numbers: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
 class Robust(Trained):
-    """A method that fools networks, or that makes one harder to fool.
+    """A method that fools networks, looks into one, or makes one harder to fool.
 
     Images are always in [0, 1]; `foveal.backbones.wrapper` owns range, normalisation and eval mode.
     """
@@ -52,11 +98,25 @@ class Robust(Trained):
             encoder: a `foveal.backbones.wrapper.Encoder`, images -> features [B, D]; nothing of it may change.
             size: S, the side of the images in pixels.
         """
-        raise UsageError(f"{self.name} does not attack")
+        raise UsageError(f"{self.name} does not attack: `examine` is what it has")
 
     def finish(self, model: nn.Module) -> Perturbation:
         """What `attack` became in training -> the change to make to images."""
         raise UsageError(f"{self.name} does not attack")
+
+    def examine(self, model: Any, images: Tensor, seed: int) -> Examination:
+        """What a look inside a network finds; nothing of it may change.
+
+        Args:
+            model: a `foveal.backbones.wrapper.OpenModel`.
+            images: [N, 3, S, S] in [0, 1], of the kind it is used on; their labels are not asked for.
+        """
+        raise UsageError(f"{self.name} examines nothing: it attacks")
+
+    @classmethod
+    def examines(cls) -> bool:
+        """Whether it looks inside a network instead of attacking it."""
+        return cls.examine is not Robust.examine
 
     def defend(self, model: Any) -> Any:
         """A model -> one that is harder to fool, as a copy."""
