@@ -2,10 +2,12 @@ import copy
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 
 from foveal.backbones.adapter import Backbone, list_backbones, load_backbone, normalise, rebuild_backbone
+from foveal.backbones.quirks import is_self_attention, quirk_of
 from foveal.core.errors import BackboneError
 from foveal.core.method import Classifier
 from foveal.core.preprocessing import Preprocessing
@@ -60,6 +62,24 @@ def test_every_family(get, name, size, family):
         for use in (lambda: backbone.embed(images), lambda: backbone.blocks, lambda: backbone.prefix):
             with pytest.raises(BackboneError, match=f"{name} .* has no token sequence"):
                 use()
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "count", "family"),
+    [
+        ("pvt_v2_b0", {}, 8, "hybrid"),
+        ("twins_pcpvt_small", {}, 16, "windowed"),
+        ("convit_tiny", {}, 12, "vit"),
+        ("levit_128s", {}, 11, "hybrid"),
+        ("vit_base_patch16_siglip_224", {"depth": 2}, 2, "vit"),  # it pools by a learnt query, which is none
+        ("resnet18", {}, 0, "cnn"),
+    ],
+)
+def test_attention_is_known_by_its_projections(name, args, count, family):
+    with torch.device("meta"):
+        model = timm.create_model(name, **args)
+    assert sum(map(is_self_attention, model.modules())) == count
+    assert quirk_of(model).family == family
 
 
 TOKENS = [

@@ -48,6 +48,9 @@ QUIRKS: dict[str, Quirk] = {
     "Eva": POSITION_IN_ATTENTION,
     "Cait": POSITION_IN_ATTENTION,
     "Xcit": POSITION_IN_ATTENTION,
+    "ConVit": POSITION_IN_ATTENTION,
+    "ConViT": POSITION_IN_ATTENTION,
+    "LocalVit": POSITION_IN_ATTENTION,
     "SwinTransformer": WINDOWED,
     "SwinTransformerV2": WINDOWED,
     "SwinTransformerV2Cr": WINDOWED,
@@ -72,11 +75,15 @@ BLOCK_ENDS = {
 """Classes of residual blocks, and where the last convolution before the sum is: the convolution, or one with a norm."""
 
 
+PROJECTIONS = ("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj", "kv", "qk", "proj")
+"""What layers are called that make queries, keys and values, one by one or several at once, and the output."""
+LAYOUTS = ({"qkv"}, {"q", "kv"}, {"qk", "v"}, {"q", "k", "v"}, {"q_proj", "k_proj", "v_proj"})
+
+
 def is_self_attention(module: nn.Module) -> bool:
-    """Whether a module projects to queries, keys and values itself, by one matrix or by three."""
+    """Whether a module projects its input to queries, keys and values itself (pooling by a learnt query does not)."""
     children = dict(module.named_children())
-    three = ({"q", "k", "v"}, {"q_proj", "k_proj", "v_proj"})
-    return "proj" in children and ("qkv" in children or any(names <= children.keys() for names in three))
+    return "proj" in children and not hasattr(module, "latent") and any(names <= children.keys() for names in LAYOUTS)
 
 
 def quirk_of(model: nn.Module) -> Quirk:

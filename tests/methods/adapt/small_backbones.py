@@ -23,6 +23,12 @@ def small_cnn(seed: int = 0) -> Backbone:
     return random_backbone("test_efficientnet", 256, seed)
 
 
+def small_pvt(seed: int = 0) -> Backbone:
+    """A pyramid whose attention makes its queries by one layer, its keys and values by another."""
+    shape = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4)}
+    return random_backbone("pvt_v2_b0", 32, seed, **shape)
+
+
 def random_backbone(arch: str, width: int, seed: int, **args: Any) -> Backbone:
     plan = Plan("small", arch, args, SMALL, width, "random")
     torch.manual_seed(seed)

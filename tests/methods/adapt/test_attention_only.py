@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from tests.methods.adapt.small_backbones import images, random_backbone, small_cnn, small_vit, steps
+from tests.methods.adapt.small_backbones import images, random_backbone, small_cnn, small_pvt, small_vit, steps
 from torch import nn
 
 from foveal.core.errors import BackboneError
@@ -62,6 +62,24 @@ def test_windowed_transformers_and_beit_work() -> None:
         "beit_base_patch16_224", 32, 0, img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2
     )
     assert {name.rsplit(".", 1)[-1] for name in attention_only(beit)} == {"weight", "bias", "q_bias", "v_bias"}
+
+
+def test_queries_and_keys_made_by_two_layers_learn() -> None:
+    expected = {
+        f"model.stages.{stage}.blocks.0.attn.{part}.{kind}"
+        for stage in range(4)
+        for part in ("q", "kv", "proj")
+        for kind in ("weight", "bias")
+    }
+    pvt = small_pvt()
+    assert set(attention_only(pvt)) == expected
+    assert {name for name, _ in trainable(pvt)} == expected
+    model = AttentionOnly().attach(small_pvt(), 3)
+    before = copy.deepcopy(model.state_dict())
+    steps(AttentionOnly(), model)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name.removeprefix("backbone.") for name in changed} - {"head.weight", "head.bias"} <= expected
+    assert "backbone.model.stages.0.blocks.0.attn.kv.weight" in changed
 
 
 def test_training_changes_exactly_the_named_tensors() -> None:

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from tests.methods.adapt.small_backbones import images, random_backbone, small_cnn, small_vit, steps
+from tests.methods.adapt.small_backbones import images, random_backbone, small_cnn, small_pvt, small_vit, steps
 from torch import nn
 
 from foveal.core.errors import BackboneError
@@ -87,6 +87,15 @@ def test_which_layers_are_corrected() -> None:
     cnn = small_cnn()
     kernels = {cnn.get_submodule(name).kernel_size for name in correctable(cnn, "attention")}
     assert kernels == {(1, 1)}
+
+
+def test_queries_and_keys_made_by_two_layers_are_corrected() -> None:
+    pvt = small_pvt()
+    expected = {f"model.stages.{stage}.blocks.0.attn.{part}" for stage in range(4) for part in ("q", "kv", "proj")}
+    assert set(correctable(pvt, "attention")) == expected
+    model = Lora(Options(rank=2)).attach(pvt, 3)
+    moved = {name.split(".lora_")[0].removeprefix("backbone.model.") for name, _ in trainable(model)}
+    assert moved - {"head.weight", "head.bias"} == expected
 
 
 def test_layers_whose_weights_are_read_past_them_are_left_out() -> None:

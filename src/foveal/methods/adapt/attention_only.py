@@ -27,13 +27,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from foveal.backbones.quirks import is_self_attention
+from foveal.backbones.quirks import PROJECTIONS, is_self_attention
 from foveal.blocks.tuning import SteadyClassifier, two_speeds, zero_linear
 from foveal.core.errors import BackboneError
 from foveal.core.method import Adapt, Classifier, Recipe, Spec, method
 from foveal.core.options import option, options
 
-PROJECTIONS = ("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj", "q_bias", "k_bias", "v_bias", "proj")
+PARTS = (*PROJECTIONS, "q_bias", "k_bias", "v_bias")
 
 
 def attention_only(model: nn.Module) -> list[str]:
@@ -48,7 +48,7 @@ def attention_only(model: nn.Module) -> list[str]:
             f"no self-attention blocks found in {getattr(model, 'arch', type(model).__name__)}: "
             "expected a transformer such as vit_small_patch16_224; on other networks use lora or full"
         )
-    return learn_only(model, {f"{name}.{part}" if name else part for name in blocks for part in PROJECTIONS})
+    return learn_only(model, {f"{name}.{part}" if name else part for name in blocks for part in PARTS})
 
 
 def ffn_only(model: nn.Module) -> list[str]:

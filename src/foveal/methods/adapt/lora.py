@@ -7,7 +7,7 @@ Beside chosen matrices W of a frozen backbone a product of two thin ones learns,
 After training W' = W + (alpha / r) B A takes W's place: the result is the same network as before, as fast as before.
 The peft library does the injection and the merge.
 
-On transformers the corrected weights are the projections of self-attention (qkv or q, k, v, and the output; the
+On transformers the corrected weights are the projections of self-attention (to queries, keys, values and output; the
 paper corrects W_q and W_v of language models). On convolutional networks, which the paper does not treat, they are
 the linear layers and 1x1 convolutions, or all ungrouped ones where these hold less than half of the weights.
 `targets=all` takes every linear layer and ungrouped convolution. Layers that a forward pass does not call are left
@@ -27,12 +27,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from foveal.backbones.quirks import PROJECTIONS
 from foveal.blocks.tuning import SteadyClassifier, two_speeds, zero_linear
 from foveal.core.errors import BackboneError
 from foveal.core.method import Adapt, Classifier, Recipe, Spec, method
 from foveal.core.options import option, options
-
-PARTS = ("qkv", "q", "k", "v", "q_proj", "k_proj", "v_proj", "proj")
 
 
 def correctable(backbone: Any, targets: Literal["attention", "all"]) -> list[str]:
@@ -46,7 +45,7 @@ def correctable(backbone: Any, targets: Literal["attention", "all"]) -> list[str
     if targets == "all":
         names = dense
     elif attention := backbone.attention_modules():
-        names = [f"{name}.{part}" for name, _ in attention for part in PARTS]
+        names = [f"{name}.{part}" for name, _ in attention for part in PROJECTIONS]
         names = [name for name in names if isinstance(modules.get(name), nn.Linear | nn.Conv2d)]
     else:
         pointwise = [name for name in dense if getattr(modules[name], "kernel_size", (1, 1)) == (1, 1)]
