@@ -102,11 +102,11 @@ def transfer_weights(old: nn.Conv2d, mixer: InceptionDWConv2d) -> None:
     The square branch gets the centre 3x3 of its channels' kernels, the horizontal one the sum over their rows, the
     vertical one the sum over their columns. What passes has no kernel any more.
     """
-    _, square, wide, tall = torch.split(old.weight, mixer.split_indexes)
+    _, square, wide, tall = torch.split(old.weight, list(mixer.split_indexes))
     bias = old.weight.new_zeros(old.out_channels) if old.bias is None else old.bias
     kernels = (square, wide.sum(-2, keepdim=True), tall.sum(-1, keepdim=True))
     branches: list[Any] = [getattr(mixer, name) for name in BRANCHES.values()]
-    for conv, kernel, shift in zip(branches, kernels, torch.split(bias, mixer.split_indexes)[1:], strict=True):
+    for conv, kernel, shift in zip(branches, kernels, torch.split(bias, list(mixer.split_indexes))[1:], strict=True):
         conv.weight.copy_(fitted(kernel, conv.kernel_size))
         conv.bias.copy_(shift)
 
