@@ -284,6 +284,13 @@ def test_the_stem_in_any_timm_vit():
     assert sum(isinstance(each, nn.SyncBatchNorm) for each in synced.modules()) == 3
 
 
+def test_no_weights_are_published():
+    with pytest.raises(
+        BackboneError, match="vit_small_patch16_24x2_224 with pretrained=True: no weights are published"
+    ):
+        timm.create_model("vit_small_patch16_24x2_224", pretrained=True)
+
+
 def test_bad_input_of_the_stem():
     with pytest.raises(BackboneError, match=r"patch_size 14: the factors \(4, 2, 2\) make patches of 16"):
         HMlpStem(patch_size=14)

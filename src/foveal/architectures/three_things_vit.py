@@ -7,8 +7,8 @@
    each branch with its own norm, layer scale and drop-path. timm has the block and `vit_small_patch16_18x2_224`,
    `vit_base_patch16_18x2_224`; `parallelize` makes one of any sequential ViT. The outputs differ by the order of the
    product of two layer scales: train on afterwards. `merge_branches` then makes each pair of branches one wide one,
-   with equal outputs: norms go into the matrices, matrices stand side by side. That is what makes it faster where
-   branches run one after the other, as they do in PyTorch and ONNX Runtime.
+   with equal outputs: norms go into the matrices, matrices stand side by side. Without it the branches run one after
+   the other in PyTorch and ONNX Runtime, and no step is saved.
 2. Fine-tuning attention alone, a third of the weights: the method `attention-only`, which also stores what changed.
 3. `HMlpStem`: patches by convolutions of 4, 2 and 2 pixels that never overlap, with batch norm and GELU. Each token
    is a small MLP of its own patch, so that masking tokens is masking patches, as BeiT and MAE want it.
@@ -17,8 +17,9 @@
 `HMlpStem` is an `embed_layer` for any other timm ViT. Departures: timm's ViTs give the class token a position, the
 authors' do not; batch norm is synchronised across devices only after `nn.SyncBatchNorm.convert_sync_batchnorm`.
 
-When not to use it: parallel blocks on a trained ViT without layer scale unless you can fine-tune for long, since its
-answers are gone at first; the stem for supervised training alone, where the paper finds no gain.
+When not to use it: parallel blocks where arithmetic takes the time (many tokens, large batches, few cores), which stays
+as it was; on a trained ViT without layer scale unless you can fine-tune for long, since its answers are gone at first;
+the stem for supervised training alone, where the paper finds no gain.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -37,6 +38,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.vision_transformer import Block, ParallelThingsBlock, VisionTransformer
 from torch import Tensor, nn
 
+from foveal.architectures._pyramid import refuse_pretrained
 from foveal.architectures._registry import register_model
 from foveal.core.errors import BackboneError
 
@@ -279,6 +281,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def create(variant: str, pretrained: bool, given: dict[str, Any], **defaults: Any) -> VisionTransformer:
+    refuse_pretrained(variant, pretrained, given)
     feature_cfg = {"out_indices": 3, "feature_cls": "getter"}
     return build_model_with_cfg(
         VisionTransformer, variant, pretrained, feature_cfg=feature_cfg, **{**defaults, **given}

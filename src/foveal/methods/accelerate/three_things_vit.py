@@ -14,9 +14,9 @@ the answers are those of before the tuning. Departures: the paper trains paralle
 level with sequential ones of 36 blocks and more; turning a trained one is our use of it, and so is the merged form,
 which is equal. `steps` and `lr` are ours. `foveal.architectures.three_things_vit` has the parts as functions.
 
-When not to use it: on few blocks (a ViT of 12 loses more than one of 36); without layer scale and with few images,
-where a trained ViT's answers are gone and do not come back; for throughput at large batches, which the sequential
-order does not limit. Measure: `foveal shrink` times before and after.
+When not to use it: where arithmetic takes the time rather than the number of steps (many tokens, large batches, one
+core), for the arithmetic stays; on few blocks (a ViT of 12 loses more than one of 36); without layer scale and with few
+images, where a trained ViT's answers do not come back. Measure: `foveal shrink` times before and after.
 """
 
 from __future__ import annotations
