@@ -22,7 +22,7 @@ def test_rank_of_copies_of_orthogonal_filters_and_of_nothing():
     assert f.effective_rank(torch.zeros(4, 3, 3, 3)) == 0
     assert f.energy_rank(one.expand(12, -1, -1, -1)) == 1
     assert f.energy_rank(orthogonal(20)) == 20
-    assert f.energy_rank(orthogonal(20), 0.95) == 19
+    assert f.energy_rank(orthogonal(20), 0.94) == 19
     assert f.energy_rank(torch.zeros(4, 3, 3, 3)) == 0
 
 
@@ -93,14 +93,14 @@ def test_an_outer_product_is_separable_and_a_loop_agrees(size: tuple[int, int]):
 def wave(angle: float, frequency: float, k: int = 9) -> torch.Tensor:
     y, x = torch.meshgrid(torch.arange(k) - k // 2, torch.arange(k) - k // 2, indexing="ij")
     turn = math.radians(angle)
-    around = torch.exp(-(x.square() + y.square()) / 12.0)
+    around = torch.exp(-(x.square() + y.square()) / 6.0)
     return torch.sin(2 * math.pi * frequency * (x * math.cos(turn) + y * math.sin(turn)))[None, None] * around
 
 
 @pytest.mark.parametrize("angle", [0, 30, 90, 135])
 def test_the_spectrum_knows_direction_and_frequency_of_a_wave(angle: float):
     found = f.spectrum(wave(angle, 0.25).expand(1, 3, -1, -1))
-    assert float(found.orientation[0]) % 180 == pytest.approx(angle, abs=1.0)
+    assert abs((float(found.orientation[0]) - angle + 90) % 180 - 90) < 3
     assert float(found.coherence[0]) > 0.8
     assert float(found.frequency[0]) == pytest.approx(0.25, abs=0.03)
     assert float(found.dc[0]) < 1e-6

@@ -140,18 +140,14 @@ class Watch(TorchFunctionMode):
         if name in ACTIVATIONS:
             self.activated(name.rstrip("_"), note, made)
             return Note(note.field, note.jump, note.axes, "", note.gate)
-        if name in GATES and all(made.ndim < len(shape) or made.shape[axis] == 1 for axis in note.axes):
+        if name in GATES and without(made, shape, note.axes):
             return Note(None, note.jump, note.axes, gate=True)
         if name in ("pad", "_pad", "constant_pad_nd"):
             return note
         axes = moved(name, args, note.axes, shape, made)
         real = [other for _, other in noted if not other.gate] or [note]
-        if (
-            axes is None
-            or name in MIXES
-            or name.startswith("fft_")
-            or (name == "linear" and max(axes) == made.ndim - 1)
-        ):
+        mixed = name in MIXES or name.startswith("fft_")
+        if axes is None or mixed or (name == "linear" and max(axes) == made.ndim - 1):
             return Note(None, note.jump, (0, 0), gate=note.gate)
         fields = [other.field for other in real]
         known = [each for each in fields if each is not None]
@@ -202,6 +198,13 @@ def inner(value: Any) -> list[Tensor]:
 def pair(value: Any) -> tuple[int, int]:
     first, *rest = value if isinstance(value, list | tuple | torch.Size) else (value,)
     return int(first), int(rest[0] if rest else first)
+
+
+def without(made: Tensor, shape: tuple[int, ...], axes: tuple[int, int]) -> bool:
+    """Whether rows and columns of a tensor of `shape` are gone from what was made of it."""
+    if made.ndim < len(shape):
+        return tuple(made.shape[-2:]) != tuple(shape[axis] for axis in axes)
+    return all(made.shape[axis] == 1 for axis in axes)
 
 
 def moved(name: str, args: Any, axes: tuple[int, int], shape: tuple[int, ...], made: Tensor) -> tuple[int, int] | None:

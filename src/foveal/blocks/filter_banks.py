@@ -87,7 +87,7 @@ def patches(images: Tensor, size: int, count: int = 50_000, seed: int = 0) -> Te
     number, _, height, width = images.shape
     if min(height, width) < size:
         raise DataError(f"images of {height} x {width} are smaller than a patch of {size} x {size}: give larger ones")
-    if float(images.reshape(number, -1).var(1).max()) < 1e-12:
+    if float(images.flatten(2).var(2, correction=0).max()) < 1e-12:
         raise DataError(f"all {number} images are constant: zero variance, there is nothing to learn filters from")
     down, across = height - size + 1, width - size + 1
     count = min(count, number * down * across)

@@ -178,7 +178,7 @@ class FilterDesign(Robust):
             DataError: images without variation, or too few patches to learn from.
             UsageError: more filters than the bank can make.
         """
-        varied = images[images.flatten(1).std(1) > 1e-4]
+        varied = images[images.mean(1).flatten(1).std(1) > 1e-4]
         if not len(varied):
             raise DataError(f"all {len(images)} images are constant: zero variance, there is nothing to measure on")
         texture = float(bank_of.texture_length(varied).median())
