@@ -76,9 +76,8 @@ class Protocol(Base):  # pyright: ignore[reportGeneralTypeIssues]
     def shutdown(self) -> None:
         """Called for every connection when the server is told to stop."""
         cycle: Any = self.cycle
+        super().shutdown()
         if cycle is not None and not cycle.response_complete:
             asked = cycle.scope
             if asked["method"] == "GET" and asked["path"].startswith(STREAMS):
-                cycle.disconnected = True
-                cycle.message_event.set()
-        super().shutdown()
+                self.transport.close()
