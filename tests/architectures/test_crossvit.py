@@ -371,6 +371,17 @@ def test_other_sizes():
         dynamic(images(44))
 
 
+def test_timm_knows_which_images_a_pair_of_its_models_expects():
+    vits = [
+        timm.create_model(name, depth=1, num_classes=3) for name in ("vit_tiny_patch16_224", "vit_small_patch32_224")
+    ]
+    pair = FusedPair(*vits, every=1)
+    data = timm.data.resolve_model_data_config(pair)
+    assert (data["input_size"], data["mean"], data["std"]) == ((3, 224, 224), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    assert pair.default_cfg["num_classes"] == pair.num_classes == 3
+    assert not pair.default_cfg.get("hf_hub_id"), "the weights of one branch are not the pair's"
+
+
 def test_features_come_branch_by_branch_the_finer_first():
     pair = FusedPair(vit(8, 24, 2), vit(4, 16, 2), every=1).eval()
     assert [(each["reduction"], each["num_chs"]) for each in pair.feature_info] == [(4, 16)] * 2 + [(8, 24)] * 2
@@ -407,6 +418,8 @@ def test_bad_input_names_the_numbers():
         FusedPair(a, vit(8, 24, 4), every=2)
     with pytest.raises(BackboneError, match="every=0 on 2 and 2 blocks"):
         timm.create_model(TINY[0], **{**TINY[1], "depth": (2, 2), "every": 0})
+    with pytest.raises(BackboneError, match=r"\(1, 2, 3\) has 3 values: expected one, or one for each"):
+        FusedPair(a, b, every=(1, 2, 3))
     with pytest.raises(BackboneError, match="36x36 pixels are no whole number of patches of 8x8"):
         FusedPair(vit(4, 16, 2, 36), vit(8, 24, 2, 36))
     with pytest.raises(BackboneError, match="num_classes are 5 and 7"):

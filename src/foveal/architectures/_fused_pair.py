@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import to_2tuple
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
@@ -56,10 +55,12 @@ class PairHead(nn.Module):
         return (self.a(a) + self.b(b)) / 2
 
 
-def two(value: int | Sequence[int]) -> tuple[int, int]:
-    """One number for both, or one each."""
-    first, second = to_2tuple(value)
-    return int(first), int(second)
+def two(value: Any) -> tuple[Any, Any]:
+    """One value for both branches, or one for each."""
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2:
+        raise BackboneError(f"{value} has {len(pair)} values: expected one, or one for each of the two branches")
+    return pair
 
 
 def check_multiple(vit: Any, height: int, width: int) -> None:

@@ -32,13 +32,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from timm.layers import to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models.crossvit import CrossAttentionBlock, CrossVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from foveal.architectures._fused_pair import FusedPair, cfg
+from foveal.architectures._fused_pair import FusedPair, cfg, two
 from foveal.architectures._registry import register_model
 from foveal.architectures._token_fusion import CrossTokenFusion, Grid, Scheme
 from foveal.core.errors import BackboneError
@@ -126,7 +125,7 @@ def build_pair(
     Args:
         scheme: as in `FusedPair`, and 'none' for None: `timm.create_model` passes no None on.
     """
-    shapes = zip(patch_size, embed_dim, depth, num_heads, mlp_ratio, strict=True)
+    shapes = zip(*map(two, (patch_size, embed_dim, depth, num_heads, mlp_ratio)), strict=True)
     names = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
     vits = [VisionTransformer(img_size=img_size, **dict(zip(names, shape, strict=True)), **kwargs) for shape in shapes]
     return FusedPair(*vits, every=every, scheme=None if scheme == "none" else scheme)
@@ -135,6 +134,6 @@ def build_pair(
 @register_model
 def crossvit_pair_tiny_224(pretrained: bool = False, **kwargs: Any) -> FusedPair:
     """Patches of 16 in width 192 beside patches of 32 in width 384, twelve blocks each, fused three times."""
-    stages = kwargs.get("depth", (12,))[0] // max(1, to_2tuple(kwargs.get("every", 4))[0])
+    stages = two(kwargs.get("depth", 12))[0] // max(1, two(kwargs.get("every", 4))[0])
     feature_cfg = {"out_indices": tuple(range(2 * stages)), "feature_cls": "getter"}
     return build_model_with_cfg(build_pair, "crossvit_pair_tiny_224", pretrained, feature_cfg=feature_cfg, **kwargs)
