@@ -2,6 +2,14 @@
 
 With and without unlabelled images of other things (crops of photos, solar cells), beside plain distillation (T = 4)
 with the same unlabelled images and the cross-entropy alone: same start, same labelled images, same number of steps.
+
+The arms `mixed` were added after that with other things alone had failed (0.920 beside 0.947 without). Its cause was
+looked for on seeds 100 to 102. The teacher's answers to these things are not to blame: their squares are twice those
+for digits, and the student comes as near to them. Their part in the batch statistics is, for one: where they were in
+the batch and in no term of the loss, accuracy fell by 0.027 and 0.002 (seeds 100 and 101). With statistics of their own
+they cost 0.015 and 0.010 less (101 and 102), and on the second seed still more than they gave: in 300 steps of a small
+network they take room from the digits. That is the distance of these images, not a fault of the loss. `mixed` has what
+users have: the digits whose labels were dropped, among the same other things.
 """
 
 import io
@@ -35,7 +43,22 @@ def things(count: int, seed: int) -> Dataset:
         square.convert("L").convert("RGB").save(file, "PNG")
         images.append(file.getvalue())
     ids = [f"thing-{index:04d}" for index in range(count)]
-    return Dataset("things", ids, np.zeros(count, np.int64), (), "single-label", None, Memory(images))
+    return unlabelled("things", ids, images)
+
+
+def unlabelled(name: str, ids: list[str], images: list[bytes]) -> Dataset:
+    return Dataset(name, ids, np.zeros(len(ids), np.int64), (), "single-label", None, Memory(images))
+
+
+def together(*parts: Dataset) -> Dataset:
+    """The images of several data sets, without labels."""
+    images: list[bytes] = []
+    for part in parts:
+        for index in range(len(part)):
+            file = io.BytesIO()
+            part.image(index).save(file, "PNG")
+            images.append(file.getvalue())
+    return unlabelled("together", [name for part in parts for name in part.ids], images)
 
 
 def reproduce(seed: int, tiny: bool) -> dict[str, float]:
@@ -44,6 +67,7 @@ def reproduce(seed: int, tiny: bool) -> dict[str, float]:
     kept = rows[few_and_rest(digits.labels[rows], 2 if tiny else LABELLED, seed)[0]]
     test = test[::40] if tiny else test
     others = things(8 if tiny else OTHERS, seed)
+    mixed = together(digits.subset(np.setdiff1d(rows, kept)), others)
 
     large = small_net("test_resnet", seed, size=SIZE, channels=(32, 48, 64, 128), stem_width=16)
     small = small_net("test_resnet", seed, size=SIZE, channels=(8, 12, 16, 32), stem_width=4)
@@ -59,12 +83,15 @@ def reproduce(seed: int, tiny: bool) -> dict[str, float]:
         "srd-ossl": distilled(srd, small, teacher.model, digits, kept, test, seed),
         "srd-ossl-unlabelled": distilled(srd, small, teacher.model, digits, kept, test, seed, unlabelled=others),
         "kd-unlabelled": distilled(kd, small, teacher.model, digits, kept, test, seed, unlabelled=others),
+        "srd-ossl-mixed": distilled(srd, small, teacher.model, digits, kept, test, seed, unlabelled=mixed),
+        "kd-mixed": distilled(kd, small, teacher.model, digits, kept, test, seed, unlabelled=mixed),
     }
     values = {"teacher.balanced_accuracy": teacher.balanced_accuracy, "teacher.params": float(teacher.trained_params)}
     for name, outcome in students.items():
         values[f"{name}.balanced_accuracy"] = outcome.balanced_accuracy
         values[f"{name}.seconds_per_step"] = outcome.seconds_per_step
-    ours, theirs = (students[name].balanced_accuracy for name in ("srd-ossl-unlabelled", "kd-unlabelled"))
-    values["srd-ossl-unlabelled.not_below_kd"] = float(ours >= theirs)
+    for pool in ("unlabelled", "mixed"):
+        ours, theirs = (students[f"{name}-{pool}"].balanced_accuracy for name in ("srd-ossl", "kd"))
+        values[f"srd-ossl-{pool}.not_below_kd"] = float(ours >= theirs)
     values["student.params"] = float(students["srd-ossl"].trained_params)
     return values

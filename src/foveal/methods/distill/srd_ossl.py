@@ -19,7 +19,9 @@ weight_decay=5e-4` are its settings, with a cosine and 30 epochs here, three ste
 
 When not to use it: without a teacher that is clearly better than the student would be alone (a student with good
 pretrained weights often is as good: compare with `foveal fit --method full`); when latency is measured and the
-student is not faster.
+student is not faster. Leave unlabelled images away that are all far from the classes: they share the batch statistics
+and made small students worse, where images of the classes among them helped, and plain distillation as much (see the
+card).
 """
 
 from __future__ import annotations
