@@ -3,6 +3,7 @@
 Four layers of width 96 on 6 x 6 patches, the first three gated or all four plain, in all else the same class, from
 nothing. 'All' is 300 images of each class; both amounts are shown as often in total. Beside the accuracies, the mean
 gate and attention distance of the first and the last gated layer of the net that saw all, on images of the test.
+In these 150 steps gates stay within 0.01 of their start, 0.731: their order is weak evidence either way.
 """
 
 import numpy as np
