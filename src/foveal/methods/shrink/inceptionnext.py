@@ -7,7 +7,7 @@ convolution on C channels, bound by memory, becomes three small ones on g = C / 
 
 The 3x3 begins with the centre of the old kernels, the bands with their sums over rows and columns; what passes loses
 its kernel. Optimiser steps on the task afterwards repair the model. It needs labels and gradients, and a network with
-depthwise convolutions of at least 5x5 and stride 1: ConvNeXt, MambaOut, UniRepLKNet, some EfficientNets.
+depthwise convolutions of at least 5x5 and stride 1: ConvNeXt, MambaOut, some EfficientNets.
 
 Where we depart: the paper trains such networks from the start; carrying weights over from a trained one is ours. Steps
 and learning rate are those of `singe`. Norms stay what they were. `foveal.architectures.inceptionnext` does the same to
