@@ -108,7 +108,7 @@ def rows_of(attention: AggregatedAttention, x: Tensor) -> tuple[Tensor, Tensor]:
     tokens = torch.randn(1, attention.heads, size[0] * size[1], x.shape[1] // attention.heads)
     unit = F.normalize(tokens, dim=-1)
     pooled = unit[:, :, :4]
-    return attention.weights(unit, attention.neighbours(unit, size), pooled, size)
+    return attention.weights(unit, unit, pooled, size)
 
 
 def test_weights_sum_to_one_and_are_zero_outside_the_map():

@@ -39,6 +39,19 @@ def irfft2_pair(real: Tensor, imaginary: Tensor, size: tuple[int, int], dense: b
     return (real * twice) @ cos_w.mT - (imaginary * twice) @ sin_w.mT
 
 
+def filter_map(x: Tensor, real: Tensor, imaginary: Tensor, dense: bool | None = None) -> Tensor:
+    """Multiply spectra of maps [..., H, W] by a + ib [..., H, W // 2 + 1]: a convolution that wraps around, float32.
+
+    Args:
+        dense: as `rfft2_pair`'s.
+    """
+    size = (int(x.shape[-2]), int(x.shape[-1]))
+    if torch.onnx.is_in_onnx_export() if dense is None else dense:
+        a, b = rfft2_pair(x, True)
+        return irfft2_pair(a * real - b * imaginary, a * imaginary + b * real, size, True)
+    return torch.fft.irfft2(torch.fft.rfft2(x.float()) * torch.complex(real, imaginary), s=size)
+
+
 def waves(length: int, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of 2 pi n k / length, over sqrt(length): [length, count] each. The angle is reduced in integers."""
     n = torch.arange(length, device=like.device)

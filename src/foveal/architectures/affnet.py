@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from foveal.architectures._pyramid import Pyramid, Stage, build_pyramid, cfg, pooled_head
 from foveal.architectures._registry import register_model
-from foveal.architectures._spectrum import irfft2_pair, rfft2_pair
+from foveal.architectures._spectrum import filter_map, irfft2_pair, rfft2_pair
 from foveal.core.errors import BackboneError
 
 Mixer = Literal["adaptive", "fixed", "identity"]
@@ -50,12 +50,12 @@ class ComplexLinear(nn.Module):
         self.bias = nn.Parameter(0.02 * torch.randn(2, groups, side))
 
     def forward(self, real: Tensor, imaginary: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = (part.unflatten(1, (self.groups, -1)) for part in (real, imaginary))
-        c, d = self.weight.float().unbind(0)
-        shift = self.bias.float()[:, :, :, None, None]
-        ac, bd = (torch.einsum("bgihw,gio->bgohw", x, w) for x, w in ((a, c), (b, d)))
-        ad, bc = (torch.einsum("bgihw,gio->bgohw", x, w) for x, w in ((a, d), (b, c)))
-        return (ac - bd + shift[0]).flatten(1, 2), (ad + bc + shift[1]).flatten(1, 2)
+        c, d = self.weight.float().transpose(2, 3).unbind(0)
+        weight = torch.cat([torch.cat([c, -d], 2), torch.cat([d, c], 2)], 1)  # on the parts one above the other
+        z = torch.cat([part.unflatten(1, (self.groups, -1)) for part in (real, imaginary)], 2).flatten(3)
+        z = weight @ z + self.bias.float().transpose(0, 1).flatten(1)[:, :, None]
+        real, imaginary = z.unflatten(3, (int(real.shape[2]), int(real.shape[3]))).chunk(2, dim=2)
+        return real.flatten(1, 2), imaginary.flatten(1, 2)
 
 
 class AdaptiveFilter(nn.Module):
@@ -100,10 +100,9 @@ class FixedFilter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = int(x.shape[-2]), int(x.shape[-1])
-        a, b = rfft2_pair(x)
         size = (height, width // 2 + 1)
-        c, d = F.interpolate(self.weight.float(), size, mode="bilinear", align_corners=True).unbind(0)
-        return irfft2_pair(a * c - b * d, a * d + b * c, (height, width)).to(x.dtype) + x
+        parts = F.interpolate(self.weight.float(), size, mode="bilinear", align_corners=True)
+        return filter_map(x, *parts.unbind(0)).to(x.dtype) + x
 
 
 class AffBlock(nn.Module):

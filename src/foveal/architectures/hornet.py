@@ -32,9 +32,10 @@ from timm.layers import DropPath, LayerNorm, LayerNorm2d, LayerScale2d, Mlp, cal
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from foveal.architectures._depthwise import DepthwiseConv2d
 from foveal.architectures._pyramid import Pyramid, Stage, build_pyramid, cfg, four, pooled_head
 from foveal.architectures._registry import register_model
-from foveal.architectures._spectrum import irfft2_pair, rfft2_pair
+from foveal.architectures._spectrum import filter_map
 from foveal.core.errors import BackboneError
 
 
@@ -69,9 +70,7 @@ class GlobalFilter(nn.Module):
     def filter(self, x: Tensor) -> Tensor:
         """Multiply the spectrum of maps [B, C / 2, H, W] by the learned one: a convolution that wraps around."""
         height, width = int(x.shape[-2]), int(x.shape[-1])
-        a, b = rfft2_pair(x)
-        c, d = self.resized(height, width // 2 + 1).unbind(-1)
-        return irfft2_pair(a * c - b * d, a * d + b * c, (height, width)).to(x.dtype)
+        return filter_map(x, *self.resized(height, width // 2 + 1).unbind(-1)).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         near, far = self.pre_norm(x).chunk(2, dim=1)
@@ -112,7 +111,7 @@ class GnConv(nn.Module):
         total = sum(self.dims)
         self.proj_in = nn.Conv2d(dim, 2 * dim, 1)
         if spectrum is None:
-            self.dwconv = nn.Conv2d(total, total, kernel_size, padding=kernel_size // 2, groups=total)
+            self.dwconv = DepthwiseConv2d(total, kernel_size)
         else:
             self.dwconv = GlobalFilter(total, *spectrum)
         self.pws = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(self.dims[:-1], self.dims[1:], strict=True))

@@ -72,8 +72,11 @@ def irfft_pair(real: Tensor, imaginary: Tensor, length: int, dense: bool | None 
 
 def filter_sequence(x: Tensor, real: Tensor, imaginary: Tensor) -> Tensor:
     """Multiply the spectra of sequences [..., L] by a + ib [..., L // 2 + 1]: a convolution that wraps around."""
-    a, b = rfft_pair(x)
-    return irfft_pair(a * real - b * imaginary, a * imaginary + b * real, int(x.shape[-1]))
+    length = int(x.shape[-1])
+    if torch.onnx.is_in_onnx_export():
+        a, b = rfft_pair(x)
+        return irfft_pair(a * real - b * imaginary, a * imaginary + b * real, length)
+    return torch.fft.irfft(torch.fft.rfft(x.float()) * torch.complex(real, imaginary), n=length)
 
 
 class StaticKernel(nn.Module):

@@ -14,8 +14,9 @@ A model is built for an image size: `img_size`, square, a multiple of 32 (64 for
 Departures: native PyTorch, without the CUDA kernel; offsets lie on a regular grid, so their table is indexed in closed
 form and no buffer is stored.
 
-When not to use it: where training time counts, since unfolding keys and values takes nine times their memory; on
-batches of mixed sizes; in half precision on a CPU. No pretrained weights come with foveal.
+When not to use it: where training time counts, since a neighbourhood is nine products of shifted maps, where a fused
+kernel would make one pass; on batches of mixed sizes; in half precision on a CPU. No pretrained weights come with
+foveal.
 """
 
 # pyright: reportPrivateImportUsage=false
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -149,24 +151,25 @@ class AggregatedAttention(CosineQuery):
         self.learnable_tokens = nn.Parameter(trunc_normal_(torch.empty(heads, dim // heads, local), std=0.02))
         self.learnable_bias = nn.Parameter(torch.zeros(heads, 1, local))
 
-    def neighbours(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """[B, heads, N, d] -> [B, heads, N, w^2, d], zeros outside the map."""
-        heads, width = int(x.shape[1]), int(x.shape[3])
-        maps = x.transpose(2, 3).flatten(1, 2).unflatten(2, size)
-        unfolded = F.unfold(maps, self.window, padding=self.window // 2)
-        return unfolded.unflatten(1, (heads, width, self.window**2)).permute(0, 1, 4, 3, 2)
+    def neighbours(self, x: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        """[B, heads, N, d] -> w^2 views [B, H, W, heads, d] of what stands at each offset, zeros outside the map."""
+        (height, width), reach = size, self.window // 2
+        padded = F.pad(x.transpose(1, 2).unflatten(1, size), (0, 0, 0, 0, reach, reach, reach, reach))
+        return [padded[:, i : i + height, j : j + width] for i in range(self.window) for j in range(self.window)]
 
     def inside(self, size: tuple[int, int], device: torch.device) -> Tensor:
         """Which of a place's w^2 neighbours lie in the map: [N, w^2], bool."""
         ones = torch.ones(1, 1, *size, device=device)
         return F.unfold(ones, self.window, padding=self.window // 2)[0].T > 0.5
 
-    def weights(self, unit: Tensor, k_local: Tensor, k_pool: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def weights(self, unit: Tensor, k: Tensor, k_pool: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Softmax over local and pooled keys together: [B, heads, N, w^2] and [B, heads, N, P]."""
         inside = self.inside(size, unit.device)
         scale = (inside.sum(1) + k_pool.shape[2]).to(unit.dtype).log()[:, None]
         query = self.scaled(unit, scale)
-        local = (k_local @ query.unsqueeze(-1)).squeeze(-1) + self.relative_pos_bias_local[:, None]
+        places = query.transpose(1, 2).unflatten(1, size)
+        scores = torch.stack([(each * places).sum(-1) for each in self.neighbours(k, size)], dim=-1)
+        local = scores.flatten(1, 2).transpose(1, 2) + self.relative_pos_bias_local[:, None]
         local = local.masked_fill(~inside, float("-inf"))
         pooled = query @ k_pool.transpose(-2, -1) + self.cpb(*size)
         both = torch.cat([local, pooled], dim=-1).softmax(-1)
@@ -177,13 +180,14 @@ class AggregatedAttention(CosineQuery):
         tokens = x.flatten(2).transpose(1, 2)
         unit = F.normalize(split_heads(self.q(tokens), self.heads), dim=-1)
         k, v = (split_heads(each, self.heads) for each in self.kv(tokens).chunk(2, dim=-1))
-        k_local, v_local = self.neighbours(F.normalize(k, dim=-1), size), self.neighbours(v, size)
         pooled = self.norm(F.avg_pool2d(F.gelu(self.sr(x)), self.reduction).flatten(2).transpose(1, 2))
         k_pool, v_pool = (split_heads(each, self.heads) for each in self.kv(pooled).chunk(2, dim=-1))
-        a_local, a_pool = self.weights(unit, k_local, F.normalize(k_pool, dim=-1), size)
+        a_local, a_pool = self.weights(unit, F.normalize(k, dim=-1), F.normalize(k_pool, dim=-1), size)
         a_local = a_local + unit @ self.learnable_tokens + self.learnable_bias
-        out = (a_local.unsqueeze(-2) @ v_local).squeeze(-2) + a_pool @ v_pool
-        return self.proj(out.transpose(1, 2).flatten(2)).transpose(1, 2).unflatten(2, size)
+        shares = a_local.transpose(1, 2).unflatten(1, size).unsqueeze(-2).unbind(-1)  # w^2 of [B, H, W, heads, 1]
+        near = reduce(torch.add, (a * each for a, each in zip(shares, self.neighbours(v, size), strict=True)))
+        out = near.flatten(1, 2).flatten(2) + (a_pool @ v_pool).transpose(1, 2).flatten(2)
+        return self.proj(out).transpose(1, 2).unflatten(2, size)
 
 
 class CosineAttention(CosineQuery):

@@ -54,12 +54,11 @@ def convolve_by_place(x: Tensor, weight: Tensor, stride: int = 1) -> Tensor:
         )
     x = F.pad(x, (kernel // 2,) * 4)
     rows, columns = stride * (height - 1) + 1, stride * (width - 1) + 1
-    views = (
-        x[..., i : i + rows : stride, j : j + columns : stride] * weight[:, kernel * i + j]
-        for i in range(kernel)
-        for j in range(kernel)
-    )
-    return sum(views, start=torch.zeros((), dtype=x.dtype, device=x.device))
+    views = [x[..., i : i + rows : stride, j : j + columns : stride] for i in range(kernel) for j in range(kernel)]
+    y = views[0] * weight[:, 0]
+    for view, taps in zip(views[1:], weight.unbind(1)[1:], strict=True):
+        y = torch.addcmul(y, view, taps)
+    return y
 
 
 class PlacedConv2d(nn.Module):

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from timm.layers import DropPath, LayerNorm2d, SEModule, calculate_drop_path_rat
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from foveal.architectures._depthwise import DepthwiseConv2d
 from foveal.architectures._pyramid import Pyramid, Stage, build_pyramid, cfg, four, pooled_head
 from foveal.architectures._registry import register_model
 from foveal.core.errors import BackboneError
@@ -64,12 +66,12 @@ KERNELS: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {
 """Kernel sizes of every block, by the depths of the published variants."""
 
 
-def fold(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift [C] that a batch norm in eval mode applies, in float64."""
+def fold(norm: nn.BatchNorm2d, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Scale and shift [C] that a batch norm in eval mode applies."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    return scale, norm.bias.double() - norm.running_mean.double() * scale
+    scale = norm.weight.to(dtype) / (norm.running_var.to(dtype) + norm.eps).sqrt()
+    return scale, norm.bias.to(dtype) - norm.running_mean.to(dtype) * scale
 
 
 def dense_kernel(kernel: Tensor, dilation: int, size: int) -> Tensor:
@@ -94,25 +96,25 @@ class DilatedReparam(nn.Module):
         super().__init__()
         self.size = size
         small = BRANCHES[size] if branches else ()
-        self.convs = nn.ModuleList(
-            nn.Conv2d(dim, dim, k, padding=r * (k - 1) // 2, dilation=r, groups=dim, bias=False)
-            for k, r in ((size, 1), *small)
-        )
+        self.convs = nn.ModuleList(DepthwiseConv2d(dim, k, r, bias=False) for k, r in ((size, 1), *small))
         self.norms = nn.ModuleList(nn.BatchNorm2d(dim) for _ in self.convs)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([norm(conv(x)) for conv, norm in zip(self.convs, self.norms, strict=True)]).sum(0)
+        if self.training or torch.onnx.is_in_onnx_export():
+            return reduce(torch.add, (norm(conv(x)) for conv, norm in zip(self.convs, self.norms, strict=True)))
+        kernel, shift = self.merged(torch.promote_types(x.dtype, torch.float32))
+        return F.conv2d(x, kernel.to(x.dtype), shift.to(x.dtype), padding=self.size // 2, groups=len(kernel))
 
-    def merged(self) -> tuple[Tensor, Tensor]:
-        """Kernel [C, 1, K, K] and bias [C], float64, of the one convolution that equals this module in eval mode."""
+    def merged(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Kernel [C, 1, K, K] and bias [C] of the one convolution that equals this module in eval mode."""
         size = self.size
         kernels: list[Tensor] = []
         shifts: list[Tensor] = []
         for conv, norm in zip(self.convs, self.norms, strict=True):
             assert isinstance(conv, nn.Conv2d)
             assert isinstance(norm, nn.BatchNorm2d)
-            scale, shift = fold(norm)
-            kernels.append(dense_kernel(conv.weight.double(), conv.dilation[0], size) * scale[:, None, None, None])
+            scale, shift = fold(norm, dtype)
+            kernels.append(dense_kernel(conv.weight.to(dtype), conv.dilation[0], size) * scale[:, None, None, None])
             shifts.append(shift)
         return torch.stack(kernels).sum(0), torch.stack(shifts).sum(0)
 
