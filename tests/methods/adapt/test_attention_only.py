@@ -27,6 +27,9 @@ def test_names_on_a_plain_vit() -> None:
     ]
     assert attention_only(vit) == expected
     assert [name for name, _ in trainable(vit)] == expected
+    assert attention_only(vit, positions=True) == ["model.pos_embed", *expected]
+    assert AttentionOnly(Options(positions=True)).attach(vit, 3).backbone.model.pos_embed.requires_grad
+    assert not AttentionOnly().attach(vit, 3).backbone.model.pos_embed.requires_grad
     mlp = ffn_only(vit)
     assert mlp == [name for name, _ in trainable(vit)]
     assert mlp == [

@@ -36,8 +36,11 @@ from foveal.core.options import option, options
 PARTS = (*PROJECTIONS, "q_bias", "k_bias", "v_bias")
 
 
-def attention_only(model: nn.Module) -> list[str]:
+def attention_only(model: nn.Module, positions: bool = False) -> list[str]:
     """Freeze all of a model but the projections of its self-attention. Returns the names of what still learns.
+
+    Args:
+        positions: let the position embedding learn too, as for images of another size than it was trained on.
 
     Raises:
         BackboneError: there is no self-attention.
@@ -48,7 +51,10 @@ def attention_only(model: nn.Module) -> list[str]:
             f"no self-attention blocks found in {getattr(model, 'arch', type(model).__name__)}: "
             "expected a transformer such as vit_small_patch16_224; on other networks use lora or full"
         )
-    return learn_only(model, {f"{name}.{part}" if name else part for name in blocks for part in PARTS})
+    places = {f"{name}.{part}" if name else part for name in blocks for part in PARTS}
+    if positions:
+        places |= {name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "pos_embed"}
+    return learn_only(model, places)
 
 
 def ffn_only(model: nn.Module) -> list[str]:
@@ -116,6 +122,7 @@ class Options:
     batch_size: int = option(32, "images per step", ge=1, le=65536)
     weight_decay: float = option(0.01, "pull of matrices towards zero", ge=0, le=10)
     augment: Literal["none", "light", "strong"] = option("light", "random crops and mirror images")
+    positions: bool = option(False, "let the position embedding learn too, for images of another size")
 
 
 @method(
@@ -135,7 +142,7 @@ class AttentionOnly(Adapt):
         Raises:
             BackboneError: the backbone has no self-attention.
         """
-        attention_only(backbone)
+        attention_only(backbone, self.options.positions)
         return SteadyClassifier(backbone, zero_linear(backbone.width, classes))
 
     def parameter_groups(self, model: Classifier, recipe: Recipe) -> list[dict[str, Any]]:
