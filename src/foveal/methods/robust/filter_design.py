@@ -20,6 +20,10 @@ Where we decide what the survey leaves open: variances are compared with those o
 copies count within a group only, since filters of a depthwise layer read different channels; the field of a place is
 that of its longest path, and gates that read the whole image do not count.
 
+What was found: as a frozen first layer whitened k-means is ahead of random filters by half a point on digits and behind
+by 1.7 on solar cells, perhaps because normalised patches lose the brightness that tells cells apart. A trained first
+layer has a lower effective rank than a random one (7.9 against 17.5 on EfficientNet-Lite0) and more direction.
+
 When not to use it: to decide what to prune. A low rank says that filters resemble each other on paper; what a layer may
 lose without harm only `foveal shrink` measures. On networks of attention it sees the patch embedding and little else.
 """
