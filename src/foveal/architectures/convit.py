@@ -108,13 +108,13 @@ class ConViT(ConVit):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> tokens [B, 1 + h w, C], normalised, the class token first."""
-        x = self.patch_embed(x)
-        x = self.pos_drop(x + self.pos_embed if self.use_pos_embed else x)
+        tokens: Any = self.patch_embed(x)
+        tokens = self.pos_drop(tokens + self.pos_embed if self.use_pos_embed else tokens)
         for index, block in enumerate(self.blocks):
             if index == self.local_up_to_layer and self.cls_token is not None:
-                x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
-            x: Any = checkpoint(block, x) if self.grad_checkpointing else block(x)
-        return self.norm(x)
+                tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+            tokens = checkpoint(block, tokens) if self.grad_checkpointing else block(tokens)
+        return self.norm(tokens)
 
 
 class LocalBlock(Block):
@@ -172,9 +172,9 @@ def localize(
         raise BackboneError("this ViT drops patches at random (patch_drop_rate): a grid with holes has no offsets")
     model: Any = copy.deepcopy(vit)
     for index in range(n_layers):
-        block = model.blocks[index]
-        old = getattr(block, "attn", None)
-        if type(block) is not Block or type(old) is not Attention or old.gate is not None:
+        block: Any = model.blocks[index]
+        old: Any = getattr(block, "attn", None)
+        if (type(block), type(old)) != (Block, Attention) or old.gate is not None:
             raise BackboneError(
                 f"block {index} is {type(block).__name__} with {type(old).__name__}: expected timm's plain Block and "
                 "Attention, without an output gate"
@@ -205,7 +205,8 @@ def gated(old: Attention, grid: tuple[int, int], strength: float, gate: float) -
     with torch.no_grad():
         for part, rows in ((new.qk, slice(0, 2 * dim)), (new.v, slice(2 * dim, None))):
             part.weight = nn.Parameter(old.qkv.weight[rows].clone(), old.qkv.weight.requires_grad)
-            part.bias = None if bias is None else nn.Parameter(bias[rows].clone(), bias.requires_grad)
+            if bias is not None:
+                part.bias = nn.Parameter(bias[rows].clone(), bias.requires_grad)
     new.q_norm, new.k_norm, new.norm, new.proj = old.q_norm, old.k_norm, old.norm, old.proj
     new.attn_drop, new.proj_drop = old.attn_drop, old.proj_drop
     return new.to(old.proj.weight).train(old.training)
