@@ -141,7 +141,7 @@ class Watch(TorchFunctionMode):
             self.activated(name.rstrip("_"), note, made)
             return Note(note.field, note.jump, note.axes, "", note.gate)
         if name in GATES and without(made, shape, note.axes):
-            return Note(None, note.jump, note.axes, gate=True)
+            return Note(None, note.jump, note.axes if made.ndim == len(shape) else (0, 0), gate=True)
         if name in ("pad", "_pad", "constant_pad_nd"):
             return note
         axes = moved(name, args, note.axes, shape, made)
