@@ -322,7 +322,8 @@ def sections_of(layers: Sequence[Mapping[str, Any]], ran: Sequence[Ran], bank: B
         Section(
             "Number: how many filters differ",
             "Rank: how many directions the bank uses evenly (exp of the entropy), of how many it could; then how many "
-            "hold 95% and 99% of its energy. Sparsity: 0 for equal weights, 1 for a single one.",
+            "hold 95% and 99% of its energy. Never change: on the first 64 images, after the activation. Sparsity: "
+            "0 for equal weights, 1 for a single one.",
             {
                 "name": "layer", "filters": "filters", "most": "could be", "rank": "rank", "rank95": "95%",
                 "rank99": "99%", "copies": "copies", "dead": "never change", "hoyer": "sparsity",
