@@ -246,9 +246,9 @@ def observe(model: nn.Module, images: Tensor) -> tuple[tuple[int, int], list[See
 
     def look(layer: Any, given: tuple[Tensor, ...], _: Any) -> None:
         x, gates, made = given[0], None, None
-        if isinstance(layer, GatedAttention | GPSA):
+        if hasattr(layer, "gating_param"):
             side = math.isqrt(x.shape[1])
-            grid[:] = [layer.grid if isinstance(layer, GatedAttention) else (side, side)]
+            grid[:] = [getattr(layer, "grid", (side, side))]
             attention = layer.get_attention(x)
             gates, made = layer.gating_param.sigmoid(), made_with(layer, grid[0]).to(x)
         elif not grid:
@@ -275,7 +275,7 @@ def observe(model: nn.Module, images: Tensor) -> tuple[tuple[int, int], list[See
 def plain_attention(layer: Any, x: Tensor) -> Tensor:
     """Tokens [B, N, C] -> the attention [B, H, N, N] of timm's plain layers."""
     q, k, _ = layer.qkv(x).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    if isinstance(layer, Attention):
+    if hasattr(layer, "q_norm"):
         q, k = layer.q_norm(q), layer.k_norm(k)
     return (q @ k.transpose(-2, -1) * layer.scale).softmax(-1)
 
