@@ -1,15 +1,18 @@
 import copy
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from foveal.architectures.convnext_ladder import Step, convnext_step, layer_ids
+from foveal.backbones.adapter import load_backbone
 from foveal.core.errors import BackboneError
 
 TINY = ("convnext_step_12", {"dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1)})
@@ -196,6 +199,15 @@ def test_maps_of_every_stage(step: int):
     assert [tuple(each.shape[1:]) for each in net(torch.randn(1, 3, 64, 96))] == [
         (times * width, 64 // stride, 96 // stride) for width, stride in ((4, 4), (8, 8), (12, 16), (16, 32))
     ]
+
+
+def test_a_file_of_random_weights_makes_a_step_a_backbone(tmp_path: Path, cache: Path):
+    model = convnext_step(4).eval()
+    save_file(model.state_dict(), tmp_path / "start.safetensors")
+    loaded = load_backbone(f"convnext_step_04@{tmp_path / 'start.safetensors'}", size=64).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), model.forward_head(model.forward_features(x), pre_logits=True))
 
 
 def official_group(name: str) -> int:
