@@ -232,13 +232,18 @@ def test_what_cannot_be_replaced_stays_with_a_notice():
         inceptionize(nn.Sequential(conv(3), conv(stride=2)))
 
 
-def test_efficientnets_lose_their_5x5_convolutions_of_stride_1():
+def test_other_nets_too():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         made, report = inceptionize(timm.create_model("efficientnet_b0", num_classes=2), input_size=(64, 64))
     assert len(report.replaced) == 7
     assert list(report.skipped.values()) == ["stride 2", "stride 2"]
     assert made.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
+    grey = timm.create_model("test_mambaout", num_classes=2, in_chans=1)
+    made, report = inceptionize(grey)
+    assert len(report.replaced) == sum(each.endswith(".conv") for each, _ in grey.named_modules() if "blocks" in each)
+    assert report.after.macs < report.before.macs
+    assert made.eval()(torch.zeros(1, 1, 64, 64)).shape == (1, 2)
 
 
 def test_bad_input_names_the_numbers():
