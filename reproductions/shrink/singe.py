@@ -1,6 +1,12 @@
 """SInGE on a small ResNet that learnt noisy digits: half of its multiply-accumulates, beside removal by magnitude and
 at random with the same schedule of tuning, and beside all removal before all tuning; and what 30 and 50% of the
 channels cost without any tuning.
+
+Noise and tuning were chosen on seeds 100 to 102, by the dense network and removal at random and by magnitude alone; no
+channel was scored by SInGE there. With noise of 0.35 and 114 steps of tuning, the setting before, any removal was
+repaired to within 0.02 of a dense accuracy of 0.96, less than it varied from seed to seed. With noise of 0.6 and 28
+steps, two after each layer and ten at the end, removal at random lost 0.131, 0.094 and 0.127 and by magnitude 0.143,
+0.177 and 0.113. SInGE's own options are what they were.
 """
 
 import tempfile
@@ -28,7 +34,7 @@ from foveal.train.events import balanced_accuracy
 from foveal.train.small import balanced_weights, few_and_rest, measure, shrunk, small_net, with_noise
 from foveal.train.tuning import TrainingImages
 
-NOISE, SIZE = 0.35, 32
+NOISE, SIZE = 0.6, 32
 
 
 class Magnitude(Singe):
@@ -57,16 +63,17 @@ def reproduce(seed: int, tiny: bool) -> dict[str, float]:
     recipe = FullOptions(epochs=1 if tiny else 12, lr=2e-3, head_lr_multiplier=1.0, augment="none")
     outcome = measure(Full(recipe), net, chosen, train, test, seed)
     dense, layers = outcome.model, len(groups(outcome.model))
-    options = Options(images=32, between=0 if tiny else 6, after=1 if tiny else 60, steps=2 if tiny else 20)
     half = Target("macs", 0.5, lambda model: share_of("macs", model, dense, SIZE))
+    options = Options(images=32, between=0 if tiny else 2, after=1 if tiny else 10, steps=2 if tiny else 20)
+    options = replace(options, rate=Singe(options).rate_for(dense, groups(dense), half))
 
-    def run(method: Singe, target: Target | None) -> Shrunk:
+    def run(method: Singe) -> Shrunk:
         with tempfile.TemporaryDirectory() as work:
             data = TrainingImages(
                 chosen, chosen.labels, train, net.preprocessing, balanced_weights(chosen.labels[train], 10),
                 derive(seed, "singe"), device=torch.device("cpu"), work=Path(work), augment="none",
             )  # fmt: skip
-            return method.shrink(dense, data, target)
+            return method.shrink(dense, data, None)
 
     def accuracy(model: Classifier) -> float:
         logits, _ = predict_logits(model, chosen, test, net.preprocessing, device="cpu")
@@ -80,12 +87,12 @@ def reproduce(seed: int, tiny: bool) -> dict[str, float]:
         "random": Random(options),
         "post-hoc": Singe(replace(options, between=0, after=steps)),
     }
-    made = {name: run(method, half).module for name, method in contest.items()}
+    made = {name: run(method).module for name, method in contest.items()}
     values |= {f"{name}.drop": outcome.balanced_accuracy - accuracy(model) for name, model in made.items()}
     for rate in (0.3, 0.5):
         bare = replace(options, between=0, after=0, rate=rate, round_to=1)
         for name, method in (("singe", Singe(bare)), ("magnitude", Magnitude(bare)), ("random", Random(bare))):
-            values[f"{name}.untuned_{round(100 * rate)}"] = accuracy(run(method, None).module)
+            values[f"{name}.untuned_{round(100 * rate)}"] = accuracy(run(method).module)
     values["singe.macs"] = half.measure(made["singe"])
     values["singe.latency"] = latency(chosen, test, dense, made["singe"], 0.1 if tiny else 2.0)
     return values
