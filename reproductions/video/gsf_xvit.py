@@ -94,9 +94,9 @@ def reproduce(seed: int, tiny: bool) -> dict[str, float]:
     drawn = derive(seed, "gsf-xvit clips")
     clips, held_out, test = (
         world(shown, count, drawn, band)
-        for count, band in ((40 if tiny else 800, TRAIN), (20 if tiny else 200, HELD_OUT), (20 if tiny else 400, TEST))
+        for count, band in ((40 if tiny else 1200, TRAIN), (20 if tiny else 200, HELD_OUT), (20 if tiny else 400, TEST))
     )
-    epochs = {"none": 3, "gsf": 4, "xvit": 16}
+    epochs = {"none": 2, "gsf": 6, "xvit": 20}
     held: dict[str, np.ndarray] = {}
     tested: dict[str, np.ndarray] = {}
     for mixer, count in epochs.items():

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from foveal.methods.video.gsf_xvit import (
     parts_of,
     shift,
     shuffle,
+    waves,
 )
 from foveal.train.small import small_net, small_vit
 
@@ -158,6 +160,17 @@ def test_xvit_adds_no_parameter_to_the_trunk_and_without_moving_channels_is_the_
         with torch.no_grad():
             frames = model.backbone.finish_tokens(run(model, fold(x)))
             assert torch.allclose(frames, plain.eval()(fold(x)), atol=1e-5) == same
+
+
+def test_neighbours_in_time_start_out_alike():
+    places = waves(9, 16)
+    for time in range(9):
+        for channel in range(16):
+            turns, cosine = channel % 4 + 1, channel % 8 >= 4
+            angle = math.pi * turns * time / 8
+            assert abs(places[time, channel]) == pytest.approx(abs((math.cos if cosine else math.sin)(angle)), abs=1e-5)
+    apart = torch.cdist(places, places) + 100 * torch.eye(9)
+    assert [abs(int(near) - place) for place, near in enumerate(apart.argmin(1))] == [1] * 9
 
 
 def run(model, images):
