@@ -101,8 +101,8 @@ class FixedFilter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = int(x.shape[-2]), int(x.shape[-1])
         size = (height, width // 2 + 1)
-        parts = F.interpolate(self.weight.float(), size, mode="bilinear", align_corners=True)
-        return filter_map(x, *parts.unbind(0)).to(x.dtype) + x
+        real, imaginary = F.interpolate(self.weight.float(), size, mode="bilinear", align_corners=True).unbind(0)
+        return filter_map(x, real, imaginary).to(x.dtype) + x
 
 
 class AffBlock(nn.Module):

@@ -70,7 +70,8 @@ class GlobalFilter(nn.Module):
     def filter(self, x: Tensor) -> Tensor:
         """Multiply the spectrum of maps [B, C / 2, H, W] by the learned one: a convolution that wraps around."""
         height, width = int(x.shape[-2]), int(x.shape[-1])
-        return filter_map(x, *self.resized(height, width // 2 + 1).unbind(-1)).to(x.dtype)
+        real, imaginary = self.resized(height, width // 2 + 1).unbind(-1)
+        return filter_map(x, real, imaginary).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         near, far = self.pre_norm(x).chunk(2, dim=1)
