@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import foveal.architectures  # noqa: F401
-from foveal.backbones.adapter import DEFAULT, load_backbone
+from foveal.backbones.adapter import DEFAULT, imagenet_classifier, load_backbone
 from foveal.backbones.weights import shipped_file
 from foveal.data.images import to_pixels
 from foveal.data.photos import photos
@@ -63,6 +63,16 @@ def test_the_trunk_is_the_teachers_to_half_precision():
     theirs = load_backbone(DEFAULT, offline=True).model.state_dict()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name].half().to(tensor.dtype))
+
+
+def test_its_classifier_knows_a_cat_and_a_cup_of_coffee():
+    classifier = imagenet_classifier("vit", offline=True)
+    shown = photos(("chelsea", "coffee"))
+    pixels = np.stack([to_pixels(each, classifier.backbone.preprocessing) for each in shown.values()])
+    with torch.no_grad():
+        cat, coffee = classifier((torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5).argmax(1)
+    assert int(cat) in (281, 282, 285)
+    assert int(coffee) == 967
 
 
 @pytest.mark.parametrize("size", [224, 160])

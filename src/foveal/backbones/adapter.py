@@ -429,6 +429,7 @@ def imagenet_classifier(name: str = DEFAULT, *, offline: bool = False) -> Classi
     Raises:
         BackboneError: as `load_backbone`, or the classifier is not a single linear layer.
     """
+    name = ALIASES.get(name, name)
     arch, file = locate(name)
     if file is not None:
         raise BackboneError(f"{name} is a local file: expected the name of a pretrained timm model")
