@@ -12,6 +12,7 @@ import importlib.util
 import json
 import re
 import sqlite3
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
@@ -32,7 +33,7 @@ STORE = 1
 """Version of the cached vectors."""
 
 
-class TextTower(nn.Module):
+class TextTower(nn.Module, ABC):
     """Token ids [B, L] and mask [B, L] (True: a token, False: padding) -> features [B, width].
 
     What stands under the padding changes nothing.
@@ -51,9 +52,9 @@ class TextTower(nn.Module):
     shape: dict[str, Any]
     origin: str = "random"
 
+    @abstractmethod
     def ids_of(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, however long, with the marks of its ends."""
-        raise NotImplementedError
 
     def shortened(self, ids: list[int]) -> list[int]:
         """The first `context` ids, the last of them the mark of the end."""
@@ -83,8 +84,9 @@ class TextTower(nn.Module):
             mask[row, : len(own)] = True
         return ids, mask
 
+    @abstractmethod
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Ids and mask -> features [B, width], as the class says."""
 
     def fingerprint(self) -> str:
         """32 hex digits that change with any weight or with the tokenizer."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-class TokenHook(nn.Module):
+class TokenHook(nn.Module, ABC):
     """Changes the token sequence between blocks; a `Backbone` calls the one it has as its `token_hook`.
 
     It has no parameters and no persistent buffers, so that the weights of the network stay what they are. What it must
@@ -16,6 +17,7 @@ class TokenHook(nn.Module):
     threads do not meet, copies and exports need no care, and nothing is left behind.
     """
 
+    @abstractmethod
     def forward(self, done: int, tokens: Tensor, state: dict[str, Any]) -> Tensor:
         """Tokens [B, N, d] after `done` blocks (0: before the first) -> what the next block, or the final norm, reads.
 
@@ -23,7 +25,6 @@ class TokenHook(nn.Module):
         marked ones alone. Both give the marked tokens the same values; the second keeps a batch rectangular when each
         image keeps another number.
         """
-        raise NotImplementedError
 
 
 class Marked(TokenHook):

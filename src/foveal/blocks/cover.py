@@ -6,6 +6,7 @@ that of the plain double loop, whatever distance and however it is searched.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,12 +17,12 @@ CELLS = 1 << 22
 """Distances held at once."""
 
 
-class Distance:
+class Distance(ABC):
     """Distances between items by number. Subclasses say them, and search faster where they can."""
 
+    @abstractmethod
     def __call__(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Numbers [a] and [b] -> distances [a, b], at least 0."""
-        raise NotImplementedError
 
     def first_within(self, centres: np.ndarray, rows: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
         """For each row [b], the position of the first centre [a] within the radius (-1: none), and its distance."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,17 +17,17 @@ from foveal.data.dataset import Dataset
 from foveal.train.batches import augment, epoch_batches
 
 
-class Feed:
+class Feed(ABC):
     """Examples by number. Subclasses say how many, and read one; the rest has defaults."""
 
+    @abstractmethod
     def __len__(self) -> int:
         """How many examples one epoch draws from."""
-        raise NotImplementedError
 
+    @abstractmethod
     def example(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """One example, decoded and augmented. Called from several threads; whatever is random comes from `rng`,
         which follows from seed, epoch and index."""
-        raise NotImplementedError
 
     def batches(self, size: int, seed: int, epoch: int) -> list[np.ndarray]:
         """The indices of each batch of an epoch, of about `size`; as many batches in every epoch.
@@ -39,9 +40,9 @@ class Feed:
         """Stacked examples [b, ...], on the device -> what the method's loss reads: normalised, constants added."""
         return batch
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Of everything that decides the examples; a checkpoint goes on only with an equal one."""
-        raise NotImplementedError
 
 
 class LabelledImages(Feed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from foveal.core.errors import UsageError
 from foveal.core.method import Trained
 
 
-class ClipClassifier(nn.Module):
+class ClipClassifier(nn.Module, ABC):
     """Clips [B, T, 3, H, W], normalised -> logits [B, C]: `head` reads what `features` makes of a clip.
 
     Attributes:
@@ -24,9 +25,9 @@ class ClipClassifier(nn.Module):
         self.frames = frames
         self.head = head
 
+    @abstractmethod
     def features(self, clips: Tensor) -> Tensor:
         """Clips [B, T, 3, H, W] -> features [B, D], what the head reads."""
-        raise NotImplementedError
 
     def forward(self, clips: Tensor) -> Tensor:
         """
