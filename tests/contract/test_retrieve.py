@@ -21,10 +21,10 @@ from foveal.core.families.retrieve import Embedding, Retrieve
 from foveal.data.dataset import Dataset, Memory
 from foveal.data.images import to_pixels
 from foveal.features.session import feature_session
+from foveal.ship.embedder import Embedder, embedder_of
 from foveal.ship.library import WEIGHTS, create_library
 from foveal.train.loop import train
 from foveal.train.pool import PoolImages
-from foveal.verbs._library import Embedder, embedder_of
 
 METHODS = catalogue.names("retrieve")
 LIGHT = {"clusters": 4, "width": 8, "epochs": 2, "every": 1, "batch_size": 8, "each": 2, "turned": 2, "lr": 1e-3}

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import foveal
 from foveal.core.errors import BundleError, DataError, UsageError
-from foveal.verbs import _library
+from foveal.ship.embedder import Embedder
 
 pytestmark = pytest.mark.usefixtures("cache")
 LEARN = "udml-ss:clusters=4,width=8,epochs=1,batch_size=8,each=2,turned=2,lr=0.001"
@@ -35,7 +35,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 def library(photos: Path, weights: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("library") / "photos"
     found = foveal.index(str(photos), out=out, backbone=weights).to_dict()
-    assert (found["images"], found["added"], found["engine"]) == (48, 48, "exact")
+    assert (found["images"], found["added"], found["engine"], found["words"]) == (48, 48, "exact", None)
     assert found["neighbours"]["queries"] == 48
     assert json.loads(json.dumps(found)) == found
     assert not out.with_name("photos.work").exists()
@@ -154,10 +154,12 @@ def test_what_cannot_be_read_is_set_aside(photos: Path, weights: str, tmp_path: 
 
 def test_refusals(library: Path, photos: Path, tmp_path: Path):
     image = photos / "red" / "00.jpg"
-    with pytest.raises(UsageError, match="which reads images and no text: search with --image"):
+    with pytest.raises(UsageError, match="reads images and no text: search with --image, or index with --backbone tf"):
         foveal.search(library, text="a red thing")
-    with pytest.raises(UsageError, match="nothing to search for"):
+    with pytest.raises(UsageError, match="nothing to search for: give --image FILE or --text WORDS"):
         foveal.search(library)
+    with pytest.raises(UsageError, match="both --image and --text: give"):
+        foveal.search(library, image=image, text="a red thing")
     with pytest.raises(UsageError, match="-k 0: expected 1 or more"):
         foveal.search(library, image=image, k=0)
     with pytest.raises(BundleError, match="is not a library"):
@@ -182,7 +184,7 @@ def test_the_head_and_unit_length():
     X = np.random.default_rng(0).normal(size=(5, 512)).astype(np.float32)
     expected = X @ head.weight.numpy().T + head.bias.numpy()
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    assert np.allclose(_library.Embedder(backbone, head).vectors(X), expected, atol=1e-5)
+    assert np.allclose(Embedder(backbone, head).vectors(X), expected, atol=1e-5)
 
 
 def test_k_is_an_option_of_one_dash(library: Path, photos: Path):

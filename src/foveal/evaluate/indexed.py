@@ -45,7 +45,8 @@ def write_indexed(
         "title": f"A library of {count(content['images'])} images",
         "subtitle": f"{content['backbone']}"
         + (f", {content['method']['name']}" if content["method"] else "")
-        + f"; searched {'by comparing all' if content['engine'] == 'exact' else 'in cells, approximately'}.",
+        + f"; searched by image{' and by words' if content['words'] else ''}, "
+        + ("by comparing all." if content["engine"] == "exact" else "in cells, approximately."),
         "tiles": tiles,
         "sheets": sheets,
         "measured": [(name, write(found[key])) for key, (name, write) in MEASURED.items()] if found else [],

@@ -1,114 +1,42 @@
-"""Images -> vectors -> a library: the embedding behind it, and the rows that DATA add to it."""
+"""Images -> vectors -> a library: an embedding that is learnt, and the rows that DATA add to a library."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from pydantic import ValidationError
-from torch import nn
 
-from foveal.backbones.adapter import Backbone, build, load_backbone, rebuild_backbone
-from foveal.backbones.weights import read_tensors
+from foveal.backbones.adapter import Backbone, build
 from foveal.core import catalogue
-from foveal.core.bundle import read_json, sha256
-from foveal.core.errors import BackboneError, BundleError, DataError, UsageError
+from foveal.core.bundle import read_json
+from foveal.core.errors import BackboneError, DataError, UsageError
 from foveal.core.families.retrieve import Embedding, Retrieve
-from foveal.core.folders import atomic_file, cache_root
+from foveal.core.folders import cache_root
 from foveal.core.options import options_to_dict
 from foveal.core.progress import Progress
-from foveal.core.schema import StoredBackbone
 from foveal.core.seeds import derive, seed_everything
 from foveal.core.threads import cpu_threads
 from foveal.data.dataset import Dataset
 from foveal.data.images import to_pixels
 from foveal.data.open import open_pool
 from foveal.data.pieces import Pieces, in_pieces
-from foveal.evaluate.embedding import unit
 from foveal.features.cache import RowStore
 from foveal.features.extract import chunks, run_ahead
 from foveal.features.session import Session, feature_session
 from foveal.features.table import Part, reader
-from foveal.ship.library import WEIGHTS, Library, Rows
+from foveal.ship.embedder import Embedder
+from foveal.ship.library import Library, Rows
 from foveal.train.loop import train
 from foveal.train.pool import PoolImages
 from foveal.verbs._adapt import report_event
 
 PIECE = 2048
 """Images added to a library at once: what a kill loses at most."""
-
-
-@dataclass(frozen=True)
-class Embedder:
-    """Features of a backbone -> unit vectors: as they are, or through a learnt head."""
-
-    backbone: Backbone
-    head: nn.Linear | None = None
-
-    @property
-    def width(self) -> int:
-        return self.backbone.width if self.head is None else self.head.out_features
-
-    def vectors(self, features: np.ndarray) -> np.ndarray:
-        """Features [n, backbone width] -> unit vectors [n, width]."""
-        if self.head is not None:
-            with torch.inference_mode():
-                features = self.head(torch.from_numpy(np.array(features, np.float32))).numpy()
-        return unit(features)
-
-    def describe(self) -> dict[str, Any]:
-        """What a library remembers of it."""
-        return {"backbone": self.backbone.describe(), "fingerprint": self.backbone.fingerprint(), "width": self.width}
-
-    def travels(self) -> bool:
-        """Whether its weights cannot be had by name, and so must lie in the library."""
-        return self.head is not None or not self.backbone.origin.startswith(("package ", "hub:"))
-
-    def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
-
-        tensors = {f"backbone.{name}": tensor.contiguous() for name, tensor in self.backbone.model.state_dict().items()}
-        if self.head is not None:
-            tensors |= {f"head.{name}": tensor.contiguous() for name, tensor in self.head.state_dict().items()}
-        with atomic_file(path) as staging:
-            save_file(tensors, staging)
-
-
-def embedder_of(library: Library, *, offline: bool) -> Embedder:
-    """The embedding that a library was made by.
-
-    Raises:
-        BundleError: its weights are damaged, or the backbone of that name has other ones now.
-    """
-    about = library.about
-    again = "restore the library or index again"
-    try:
-        StoredBackbone.model_validate(about["backbone"])
-    except (ValidationError, KeyError):
-        raise BundleError(f"{library.path} does not say what backbone made it: {again}") from None
-    if about.get("weights"):
-        file = library.path / WEIGHTS
-        if not file.is_file() or sha256(file) != about["weights"]:
-            raise BundleError(f"{file} is missing, was edited or is damaged: {again}")
-        tensors = read_tensors(file)
-        own = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
-        backbone = rebuild_backbone(about["backbone"], own)
-        head = None
-        if "head.weight" in tensors:
-            width, wide = tensors["head.weight"].shape
-            head = nn.Linear(wide, width).requires_grad_(False)
-            head.load_state_dict({"weight": tensors["head.weight"], "bias": tensors["head.bias"]})
-        return Embedder(backbone, head)
-    backbone = load_backbone(about["backbone"]["name"], offline=offline)
-    if backbone.fingerprint() != about["fingerprint"]:
-        raise BundleError(f"{backbone.name} has other weights than those {library.path} was made with: index again")
-    return Embedder(backbone)
 
 
 def learnt(

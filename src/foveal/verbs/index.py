@@ -19,7 +19,9 @@ def index(
     *,
     out: Annotated[Path | None, "Folder of the library, made or added to; default runs/DATA-library."] = None,
     backbone: Annotated[
-        str | None, "Any timm model name, ARCH@FILE, or weights of `foveal pretrain`; default: the library's own."
+        str | None,
+        "Any timm model name, ARCH@FILE, weights of `foveal pretrain`, a Bundle of images and texts, or "
+        "zero-shot:OWNER/NAME (CLIP weights); default: the library's own.",
     ] = None,
     method: Annotated[str | None, "NAME or NAME:key=value,... of a retrieve method: learn the embedding first."] = None,
     seed: Annotated[int, "Rules initialisation, order and clusters of --method."] = 0,
@@ -34,18 +36,21 @@ def index(
     one was stopped, and another DATA adds to it. With --method the embedding is first learnt from DATA, without their
     labels, and kept in the library. Where the data have labels, index.html tells how often a neighbour shares its own.
 
+    What a library was made by decides whether words find something in it, too: the default backbone knows words near
+    ImageNet's classes, a Bundle of images and texts (`foveal fit pairs.csv --method clip`) those it learnt.
+
     Example: foveal index sample:digits --out library
     """
     import shutil
     import time
 
-    from foveal.backbones.adapter import load_backbone
     from foveal.core.bundle import sha256, write_json
     from foveal.core.errors import DataError, UsageError
     from foveal.core.folders import claim
+    from foveal.ship.embedder import embedder_of, load_embedder
     from foveal.ship.library import WEIGHTS, check_free, create_library, faiss, is_library, open_library
     from foveal.verbs._indexed import measured, report
-    from foveal.verbs._library import Embedder, embedder_of, fill, learnt, method_of, recorded
+    from foveal.verbs._library import fill, learnt, method_of, recorded
     from foveal.verbs._prepare import check_choices, parse_budget, source_of
 
     progress, begun = progress or Progress(), time.perf_counter()
@@ -62,22 +67,25 @@ def index(
             raise UsageError(
                 f"{out} was not made by {method}: leave --method out to add to it, or choose another --out"
             )
-        if backbone is not None and chosen is None:
-            given = load_backbone(backbone, offline=offline).fingerprint()
-            if given != embedder.backbone.fingerprint():
-                raise UsageError(f"{out} holds vectors of another backbone than {backbone}: choose another --out")
+        given = load_embedder(backbone, offline=offline) if backbone is not None and chosen is None else embedder
+        if given.fingerprint() != embedder.fingerprint():
+            raise UsageError(f"{out} holds vectors of another backbone than {backbone}: choose another --out")
         _held = claim(work)
         write_json(work / "request.json", {"library": str(out)})
     else:
         check_free(out)
-        loaded = load_backbone(backbone or DEFAULT_BACKBONE, offline=offline)
+        embedder = load_embedder(backbone or DEFAULT_BACKBONE, offline=offline)
+        if chosen is not None and embedder.towers is not None:
+            raise UsageError(
+                f"--method {method} would move the images of {backbone} away from its words: leave --method out, or "
+                "name an image backbone"
+            )
         _held = claim(work)
         write_json(work / "request.json", {"library": str(out)})
         history: list[dict[str, Any]] = []
-        embedder = Embedder(loaded)
         if chosen is not None:
             embedder, history = learnt(
-                chosen, data, loaded, seed=seed, work=work, budget=seconds, offline=offline, device=device,
+                chosen, data, embedder.backbone, seed=seed, work=work, budget=seconds, offline=offline, device=device,
                 progress=progress,
             )  # fmt: skip
         about = {**embedder.describe(), "method": recorded(chosen), "history": history, "weights": None, "sources": {}}
@@ -103,6 +111,7 @@ def index(
         "backbone": embedder.backbone.name,
         "method": library.about["method"],
         "width": library.width,
+        "words": embedder.reads,
         "engine": library.engine,
         "bytes": sum(file.stat().st_size for file in out.rglob("*") if file.is_file()),
         "neighbours": measured(library, seed),
@@ -115,9 +124,10 @@ def index(
 
 def text(content: dict[str, Any]) -> str:
     how = "by comparing all" if content["engine"] == "exact" else "in cells"
+    words = "by image, and by words" if content["words"] else "by image"
     lines = [
         f"{content['images']:,} images ({content['added']:,} added now), {content['width']} numbers each, "
-        f"{content['bytes'] / 2**20:,.1f} MiB, searched {how}"
+        f"{content['bytes'] / 2**20:,.1f} MiB, searched {words}, {how}"
     ]
     if found := content["neighbours"]:
         same = f"{found['recall_at_1']:.1%} of {found['queries']:,} images"
