@@ -235,6 +235,11 @@ def test_a_channel_that_is_all_but_dead_makes_room_for_its_bias():
     assert np.array_equal(roomy.values[1], codes.values[1])
     assert (roomy.values[0] == 0).all()
     assert with_room(codes, np.zeros(2)) is codes
+    empty = symmetric(np.array([[0.0, 0.0], [1.0, 0.5]], np.float32), 0)
+    finer = with_room(empty, np.array([0.3, 100.0]))
+    assert round(0.3 / float(finer.scale[0])) * float(finer.scale[0]) == pytest.approx(0.3, rel=1e-6)
+    assert not finer.values[0].any()
+    assert finer.scale[1] == empty.scale[1]
 
 
 def test_quantizing_without_images_is_refused(exported, tmp_path):

@@ -390,15 +390,18 @@ def mean_error(node: Any, error: NDArray[Any], axis: int, mean: NDArray[np.float
 
 
 def with_room(codes: Codes, bias: NDArray[np.float64]) -> Codes:
-    """The same weights with coarser scales where int32 could not hold the bias, as in channels that are all but dead.
+    """The same weights with scales at which int32 holds the bias: coarser ones in channels that are all but dead, and
+    in channels of zeros, where any scale will do, one that holds it to the last bit.
 
     Args:
         bias: [channels], in units of the step of what the layer reads.
     """
     least = np.abs(bias) / 2**30
-    if (codes.scale >= least).all():
+    zeros = ~codes.values.any(axis=tuple(each for each in range(codes.values.ndim) if each != codes.axis))
+    free = zeros & (least >= np.finfo(np.float32).tiny)
+    if not free.any() and (codes.scale >= least).all():
         return codes
-    scale = np.maximum(codes.scale, least).astype(np.float32)
+    scale = np.where(free, least, np.maximum(codes.scale, least)).astype(np.float32)
     values = np.rint(codes.decode() / along(scale, codes.values.ndim, codes.axis)).astype(codes.values.dtype)
     return Codes(values, scale, codes.axis)
 

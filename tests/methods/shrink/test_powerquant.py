@@ -198,6 +198,32 @@ def test_a_plan_that_fits_no_model(plan: dict[str, object], message: str):
         Powerquant().rebuild(classifier(), plan)
 
 
+def test_a_channel_whose_weights_vanish_beside_its_bias_is_exported_as_its_constant(tmp_path):
+    model = classifier()
+    norms = [each for each in model.modules() if isinstance(each, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for norm in norms:
+            norm.bias.fill_(0.3)
+            norm.weight[0] = 1e-8
+    small = Powerquant(Options(bits=4, exponent=0.5)).shrink(model, None, None).module.eval()
+    coded = [layer for name, layer in coded_layers(small) if name != "head"]
+    dead = [layer for layer in coded if not bool(codes_of(layer)[0].any())]
+    assert len(dead) == len(norms)
+    assert all(layer.unit[0] == 1 and layer.bias[0] != 0 for layer in dead)
+    assert all(bool(codes_of(layer)[1:].flatten(1).any(1).all()) for layer in dead)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    exporter = Exporter(model.backbone.preprocessing, list("abcde"), "single-label", [photo], 1)
+    source, target = exporter.file(small, tmp_path / "float.onnx"), tmp_path / "int8.onnx"
+    quantize(source, target, [np.asarray(photo)], codes=Powerquant().codes(small))
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(target).graph.initializer}
+    found = {
+        (stored[name].astype(np.float32) * stored[name[:-5] + "scale"].reshape(-1, 1, 1, 1)).tobytes()
+        for name in stored
+        if name.endswith("/weight/codes") and stored[name].ndim == 4
+    }
+    assert all(layer.weight.numpy().tobytes() in found for layer in coded)
+
+
 def test_the_integer_export_holds_the_very_weights_and_answers_as_the_simulation(tmp_path):
     backbone = small_vit(depth=1)
     torch.manual_seed(2)

@@ -12,12 +12,14 @@ are folded first. It needs no data and no gradients, on any network with convolu
 is q (int8; two to a byte up to 4 bits), s_c^(1/a) and a; decoding is a table of |q|^(1/a).
 
 Where we depart: activations stay float32 here; `foveal export --int8` rounds them, on ranges met on training images
-rather than those of batch norm statistics. Below 8 bits the first and the last layer keep 8 uniform ones. With an
-`exponent` of 0.5 and 4 bits q^2 <= 49, so that export holds these very weights in int8, without further rounding (but
-for channels that are all but dead, where int32 could not hold the bias).
+rather than those of batch norm statistics. Below 8 bits the first and the last layer keep 8 uniform ones. A channel
+whose weights vanish beside its bias becomes the constant that it all but is: no int32 could hold the bias in units of
+such weights. With an `exponent` of 0.5 and 4 bits q^2 <= 49, so that export holds these very weights in int8, without
+further rounding.
 
 When not to use it: to be faster at any other exponent (the file shrinks, float32 kernels run); when the model will
-train on (integers do not); at 8 bits for speed alone (`foveal export --int8` is as good).
+train on (integers do not); at 8 bits for speed alone (`foveal export --int8` is as good); at 4 bits on networks like
+EfficientNet-Lite0: 4 bits in its linear projections alone lose every answer, whatever the exponent (see the card).
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ from foveal.core.options import option, options
 Layer = nn.Conv2d | nn.Linear
 GRID = tuple(round(0.1 * step, 1) for step in range(1, 16))
 """Exponents tried before the search is refined; 1 is among them, so that it never ends above uniform rounding."""
+DEAD = 2.0**-16
+"""Largest weight of a channel over its bias, below which its weights are taken for zeros."""
 
 
 def power_codes(
@@ -100,6 +104,14 @@ def search_exponent(weights: Sequence[Tensor], bits: int) -> float:
         lambda exponent: power_error(weights, exponent, bits), bounds=around, method="bounded", options={"maxiter": 12}
     )
     return float(found.x) if found.fun < errors[best] else best
+
+
+def living(layer: Layer) -> Float[Tensor, "out ..."]:
+    """A layer's weight, with zeros for channels that are all but constant, as weight decay leaves them."""
+    if layer.bias is None:
+        return layer.weight
+    largest = layer.weight.abs().flatten(1).amax(1)
+    return layer.weight * per_channel(largest >= DEAD * layer.bias.abs(), layer.weight)
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -184,6 +196,8 @@ class Powerquant(Shrink):
         bits = self.bits_for(model, target)
         model, pairs = self.prepared(model)
         layers = plain_layers(model)
+        for _, layer in layers:
+            layer.weight.copy_(living(layer))
         at = self.widths([name for name, _ in layers], bits)
         own = [layer.weight for name, layer in layers if at[name] == bits]
         shared = self.options.exponent or (1.0 if self.options.per_layer else search_exponent(own, bits))
