@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, LayerNorm2d, NormMlpClassifierHead
+from timm.layers import ClassifierHead, LayerNorm2d, NormMlpClassifierHead, trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -220,6 +220,14 @@ def pooled_head(dim: int, num_classes: int, global_pool: str, drop_rate: float, 
         return ClassifierHead(dim, num_classes, pool_type=global_pool, drop_rate=drop_rate)
     norm = partial(LayerNorm2d, eps=eps)
     return NormMlpClassifierHead(dim, num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=norm)
+
+
+def init_as_convnext(module: nn.Module) -> None:
+    """To `apply`: convolutions and linear layers start truncated normal of spread 0.02, without a bias."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def four(name: str, values: Sequence[int], what: str) -> tuple[int, ...]:

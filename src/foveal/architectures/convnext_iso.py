@@ -18,21 +18,20 @@ which want finer maps than stride 16; on a CPU, where 7x7 depthwise convolutions
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
-import itertools
 from functools import partial
 from typing import Any
 
-from timm.layers import LayerNorm, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.layers import LayerNorm
+from timm.models import generate_default_cfgs
 from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
-from foveal.architectures._pyramid import Pyramid, Stage, cfg, pooled_head, refuse_pretrained
+from foveal.architectures._isotropic import Isotropic, build_isotropic, quarters
+from foveal.architectures._pyramid import cfg, init_as_convnext, pooled_head
 from foveal.architectures._registry import register_model
-from foveal.core.errors import BackboneError
 
 
-class ConvNeXtIso(Pyramid):
+class ConvNeXtIso(Isotropic):
     """Isotropic ConvNeXt; arguments not named here are those of every timm model.
 
     Args:
@@ -43,6 +42,8 @@ class ConvNeXtIso(Pyramid):
     Raises:
         BackboneError: fewer than four blocks, or an image under 16 pixels.
     """
+
+    title = "isotropic ConvNeXt"
 
     def __init__(
         self,
@@ -56,42 +57,23 @@ class ConvNeXtIso(Pyramid):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        if depth < 4:
-            raise BackboneError(f"depth {depth}: expected at least 4 blocks, feature maps are taken at four depths")
-        rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
-        blocks = [
-            ConvNeXtBlock(
-                embed_dim,
-                kernel_size=kernel_size,
-                ls_init_value=ls_init_value,
-                norm_layer=partial(LayerNorm, eps=1e-6),
-                drop_path=rate,
-            )
-            for rate in rates
-        ]
-        ends = [round(depth * quarter / 4) for quarter in range(5)]
+        made = partial(
+            ConvNeXtBlock,
+            embed_dim,
+            kernel_size=kernel_size,
+            ls_init_value=ls_init_value,
+            norm_layer=partial(LayerNorm, eps=1e-6),
+        )
+        stages = quarters(depth, lambda rate: made(drop_path=rate), drop_path_rate)
         super().__init__(
             nn.Conv2d(in_chans, embed_dim, 16, 16),
-            [Stage(nn.Identity(), blocks[start:end]) for start, end in itertools.pairwise(ends)],
-            nn.Identity(),
+            stages,
             pooled_head(embed_dim, num_classes, global_pool, drop_rate, eps=1e-6),
-            dims=(embed_dim,) * 4,
-            strides=(16,) * 4,
+            embed_dim=embed_dim,
             in_chans=in_chans,
             num_classes=num_classes,
         )
-        self.apply(init_weights)
-
-    def check_input(self, height: int, width: int) -> None:
-        if min(height, width) < 16:
-            raise BackboneError(f"image of {height}x{width} pixels: isotropic ConvNeXt needs at least 16x16, one patch")
-
-
-def init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(init_as_convnext)
 
 
 default_cfgs = generate_default_cfgs(
@@ -108,22 +90,18 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def create(variant: str, pretrained: bool, given: dict[str, Any], **defaults: Any) -> ConvNeXtIso:
-    refuse_pretrained(variant, pretrained, given)
-    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(ConvNeXtIso, variant, pretrained, feature_cfg=feature_cfg, **{**defaults, **given})
-
-
 @register_model
 def convnext_iso_small(pretrained: bool = False, **kwargs: Any) -> ConvNeXtIso:
-    return create("convnext_iso_small", pretrained, kwargs, embed_dim=384, depth=18)
+    return build_isotropic(ConvNeXtIso, "convnext_iso_small", pretrained, kwargs, embed_dim=384, depth=18)
 
 
 @register_model
 def convnext_iso_base(pretrained: bool = False, **kwargs: Any) -> ConvNeXtIso:
-    return create("convnext_iso_base", pretrained, kwargs, embed_dim=768, depth=18)
+    return build_isotropic(ConvNeXtIso, "convnext_iso_base", pretrained, kwargs, embed_dim=768, depth=18)
 
 
 @register_model
 def convnext_iso_large(pretrained: bool = False, **kwargs: Any) -> ConvNeXtIso:
-    return create("convnext_iso_large", pretrained, kwargs, embed_dim=1024, depth=36, ls_init_value=1e-6)
+    return build_isotropic(
+        ConvNeXtIso, "convnext_iso_large", pretrained, kwargs, embed_dim=1024, depth=36, ls_init_value=1e-6
+    )

@@ -44,12 +44,12 @@ from functools import partial
 from typing import Any, cast
 
 import timm
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
-from foveal.architectures._pyramid import Pyramid, Stage, build_pyramid, cfg, four, pooled_head
+from foveal.architectures._pyramid import Pyramid, Stage, build_pyramid, cfg, four, init_as_convnext, pooled_head
 from foveal.architectures._registry import register_model
 from foveal.core.errors import BackboneError
 
@@ -175,13 +175,6 @@ def init_as_resnet(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     if isinstance(module, Residual):
         nn.init.zeros_(cast(Any, module.body)[-1].weight)
-
-
-def init_as_convnext(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 def check_kernel(size: int) -> None:

@@ -33,7 +33,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from foveal.architectures._depthwise import DepthwiseConv2d
-from foveal.architectures._pyramid import Pyramid, Stage, build_pyramid, cfg, four, pooled_head
+from foveal.architectures._pyramid import Pyramid, Stage, build_pyramid, cfg, four, init_as_convnext, pooled_head
 from foveal.architectures._registry import register_model
 from foveal.architectures._spectrum import filter_map
 from foveal.core.errors import BackboneError
@@ -190,18 +190,11 @@ class HorNet(Pyramid):
             stem, stages, nn.Identity(), head,
             dims=dims, strides=(4, 8, 16, 32), in_chans=in_chans, num_classes=num_classes,
         )  # fmt: skip
-        self.apply(init_weights)
+        self.apply(init_as_convnext)
 
     def check_input(self, height: int, width: int) -> None:
         if min(height, width) < 32:
             raise BackboneError(f"image of {height}x{width} pixels: HorNet needs at least 32x32")
-
-
-def init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 class HorFPN(nn.Module):

@@ -23,7 +23,6 @@ more of it is in its MLPs, and split and concatenation cost a copy of the map. M
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -32,13 +31,13 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models.inception_next import InceptionDWConv2d, MetaNeXtBlock
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from foveal.architectures._pyramid import Pyramid, Stage, cfg, pooled_head
+from foveal.architectures._isotropic import Isotropic, build_isotropic, quarters
+from foveal.architectures._pyramid import cfg, init_as_convnext, pooled_head
 from foveal.architectures._registry import register_model
 from foveal.core.errors import BackboneError
 
@@ -197,7 +196,7 @@ def swapped(
         if transfer:
             transfer_weights(old, mixer)
         else:
-            mixer.apply(init_weights)
+            mixer.apply(init_as_convnext)
         mixer.to(old.weight).train(old.training).requires_grad_(old.weight.requires_grad)
         if name:
             made.set_submodule(name, mixer)
@@ -262,7 +261,7 @@ def cost(model: nn.Module, names: Collection[str], image: tuple[int, ...]) -> Co
     return Cost(sum(each.numel() for each in model.parameters()), int(counter.get_total_flops()) // 2, sum(moved))
 
 
-class IsoInceptionNeXt(Pyramid):
+class IsoInceptionNeXt(Isotropic):
     """InceptionNeXt at one resolution (section 4.1, table 5); arguments not named here are those of every timm model.
 
     Args:
@@ -274,6 +273,8 @@ class IsoInceptionNeXt(Pyramid):
     Raises:
         BackboneError: fewer than four blocks, mixers that cannot be made, or an image under 16 pixels.
     """
+
+    title = "isotropic InceptionNeXt"
 
     def __init__(
         self,
@@ -289,38 +290,20 @@ class IsoInceptionNeXt(Pyramid):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        if depth < 4:
-            raise BackboneError(f"depth {depth}: expected at least 4 blocks, feature maps are taken at four depths")
-
         def mixer(dim: int, dilation: int, **more: Any) -> nn.Module:
             return inception(dim, dilation, band=band, branch_ratio=branch_ratio, off=off, **more)
 
-        rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
-        scale: Any = {"token_mixer": mixer, "ls_init_value": ls_init_value}
-        blocks = [MetaNeXtBlock(embed_dim, drop_path=rate, **scale) for rate in rates]
-        ends = [round(depth * quarter / 4) for quarter in range(5)]
+        options: Any = {"token_mixer": mixer, "ls_init_value": ls_init_value}
+        stages = quarters(depth, lambda rate: MetaNeXtBlock(embed_dim, drop_path=rate, **options), drop_path_rate)
         super().__init__(
             nn.Sequential(nn.Conv2d(in_chans, embed_dim, 16, 16), nn.BatchNorm2d(embed_dim)),
-            [Stage(nn.Identity(), blocks[start:end]) for start, end in itertools.pairwise(ends)],
-            nn.Identity(),
+            stages,
             pooled_head(embed_dim, num_classes, global_pool, drop_rate, eps=1e-6),
-            dims=(embed_dim,) * 4,
-            strides=(16,) * 4,
+            embed_dim=embed_dim,
             in_chans=in_chans,
             num_classes=num_classes,
         )
-        self.apply(init_weights)
-
-    def check_input(self, height: int, width: int) -> None:
-        if min(height, width) < 16:
-            raise BackboneError(f"image of {height}x{width} pixels: isotropic InceptionNeXt needs at least 16x16")
-
-
-def init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(init_as_convnext)
 
 
 default_cfgs = generate_default_cfgs(
@@ -338,7 +321,4 @@ default_cfgs = generate_default_cfgs(
 @register_model
 def inception_next_iso_small(pretrained: bool = False, **kwargs: Any) -> IsoInceptionNeXt:
     """18 blocks of width 384 on patches of 16 pixels."""
-    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(
-        IsoInceptionNeXt, "inception_next_iso_small", pretrained, feature_cfg=feature_cfg, **kwargs
-    )
+    return build_isotropic(IsoInceptionNeXt, "inception_next_iso_small", pretrained, kwargs)

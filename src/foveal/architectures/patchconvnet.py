@@ -24,16 +24,16 @@ whole); `attention_pool` on fewer than a few hundred images, where it over-fits 
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm, LayerNorm2d, LayerScale, LayerScale2d, Mlp, SqueezeExcite, trunc_normal_
 from timm.layers.adaptive_avgmax_pool import SelectAdaptivePool2d
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from foveal.architectures._pyramid import Pyramid, Stage, cfg
+from foveal.architectures._isotropic import Isotropic, build_isotropic, quarters
+from foveal.architectures._pyramid import cfg
 from foveal.architectures._registry import register_model
 from foveal.core.errors import BackboneError
 
@@ -159,7 +159,7 @@ def init_linear(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-class PatchConvNet(Pyramid):
+class PatchConvNet(Isotropic):
     """PatchConvNet; arguments not named here are those of every timm model. Feature maps are tapped at four depths.
 
     Args:
@@ -171,6 +171,8 @@ class PatchConvNet(Pyramid):
     Raises:
         BackboneError: a width that 8 does not divide, fewer than four blocks, or an image under 16 pixels.
     """
+
+    title = "PatchConvNet"
 
     def __init__(
         self,
@@ -187,31 +189,18 @@ class PatchConvNet(Pyramid):
     ) -> None:
         if embed_dim % 8 or embed_dim < 8:
             raise BackboneError(f"embed_dim {embed_dim}: the stem's widths are d/8, d/4, d/2, d: give a multiple of 8")
-        if depth < 4:
-            raise BackboneError(f"depth {depth}: expected at least 4 blocks, feature maps are taken at four depths")
         widths = (in_chans, embed_dim // 8, embed_dim // 4, embed_dim // 2, embed_dim)
         stem = nn.Sequential()
         for index in range(4):
             stem.append(nn.Conv2d(widths[index], widths[index + 1], 3, stride=2, padding=1, bias=False))
             stem.append(nn.GELU() if index < 3 else nn.Identity())
-        ends = [round(depth * quarter / 4) for quarter in range(5)]
-        stages = [
-            Stage(nn.Identity(), [PatchConvBlock(embed_dim, drop_path_rate, init_values) for _ in range(start, end)])
-            for start, end in itertools.pairwise(ends)
-        ]
+        stages = quarters(depth, lambda _: PatchConvBlock(embed_dim, drop_path_rate, init_values))
         head = AggregationHead(
             embed_dim, num_classes, per_class, drop_rate, mlp_ratio=mlp_ratio, init_values=init_values
         )
-        super().__init__(
-            stem, stages, nn.Identity(), head,
-            dims=(embed_dim,) * 4, strides=(16,) * 4, in_chans=in_chans, num_classes=num_classes,
-        )  # fmt: skip
+        super().__init__(stem, stages, head, embed_dim=embed_dim, in_chans=in_chans, num_classes=num_classes)
         if global_pool != "attn":
             self.reset_classifier(num_classes, global_pool)
-
-    def check_input(self, height: int, width: int) -> None:
-        if min(height, width) < 16:
-            raise BackboneError(f"image of {height}x{width} pixels: PatchConvNet needs at least 16x16, one patch")
 
     def no_weight_decay(self) -> set[str]:
         return {"head.pool.cls_token"} & dict(self.named_parameters()).keys()
@@ -282,42 +271,41 @@ SIZES = ("s60", "s120", "b60", "b120", "l60", "l120", "s60_multi")
 default_cfgs = generate_default_cfgs({f"patchconvnet_{size}": _cfg() for size in SIZES})
 
 
-def create(variant: str, pretrained: bool, given: dict[str, Any], **defaults: Any) -> PatchConvNet:
-    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
-    return build_model_with_cfg(PatchConvNet, variant, pretrained, feature_cfg=feature_cfg, **{**defaults, **given})
-
-
 @register_model
 def patchconvnet_s60(pretrained: bool = False, **kwargs: Any) -> PatchConvNet:
-    return create("patchconvnet_s60", pretrained, kwargs, embed_dim=384, depth=60, init_values=1e-4)
+    return build_isotropic(
+        PatchConvNet, "patchconvnet_s60", pretrained, kwargs, embed_dim=384, depth=60, init_values=1e-4
+    )
 
 
 @register_model
 def patchconvnet_s120(pretrained: bool = False, **kwargs: Any) -> PatchConvNet:
-    return create("patchconvnet_s120", pretrained, kwargs, embed_dim=384, depth=120)
+    return build_isotropic(PatchConvNet, "patchconvnet_s120", pretrained, kwargs, embed_dim=384, depth=120)
 
 
 @register_model
 def patchconvnet_b60(pretrained: bool = False, **kwargs: Any) -> PatchConvNet:
-    return create("patchconvnet_b60", pretrained, kwargs, embed_dim=768, depth=60)
+    return build_isotropic(PatchConvNet, "patchconvnet_b60", pretrained, kwargs, embed_dim=768, depth=60)
 
 
 @register_model
 def patchconvnet_b120(pretrained: bool = False, **kwargs: Any) -> PatchConvNet:
-    return create("patchconvnet_b120", pretrained, kwargs, embed_dim=768, depth=120)
+    return build_isotropic(PatchConvNet, "patchconvnet_b120", pretrained, kwargs, embed_dim=768, depth=120)
 
 
 @register_model
 def patchconvnet_l60(pretrained: bool = False, **kwargs: Any) -> PatchConvNet:
-    return create("patchconvnet_l60", pretrained, kwargs, embed_dim=1024, depth=60)
+    return build_isotropic(PatchConvNet, "patchconvnet_l60", pretrained, kwargs, embed_dim=1024, depth=60)
 
 
 @register_model
 def patchconvnet_l120(pretrained: bool = False, **kwargs: Any) -> PatchConvNet:
-    return create("patchconvnet_l120", pretrained, kwargs, embed_dim=1024, depth=120)
+    return build_isotropic(PatchConvNet, "patchconvnet_l120", pretrained, kwargs, embed_dim=1024, depth=120)
 
 
 @register_model
 def patchconvnet_s60_multi(pretrained: bool = False, **kwargs: Any) -> PatchConvNet:
     """A class token and an attention map for every class."""
-    return create("patchconvnet_s60_multi", pretrained, kwargs, embed_dim=384, depth=60, per_class=True)
+    return build_isotropic(
+        PatchConvNet, "patchconvnet_s60_multi", pretrained, kwargs, embed_dim=384, depth=60, per_class=True
+    )

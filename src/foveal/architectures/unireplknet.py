@@ -29,12 +29,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, SEModule, calculate_drop_path_rates, trunc_normal_
+from timm.layers import DropPath, LayerNorm2d, SEModule, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from foveal.architectures._depthwise import DepthwiseConv2d
-from foveal.architectures._pyramid import Pyramid, Stage, build_pyramid, cfg, four, pooled_head
+from foveal.architectures._pyramid import Pyramid, Stage, build_pyramid, cfg, four, init_as_convnext, pooled_head
 from foveal.architectures._registry import register_model
 from foveal.core.errors import BackboneError
 
@@ -264,7 +264,7 @@ class UniRepLKNet(Pyramid):
             dims=dims, strides=(4, 8, 16, 32), in_chans=in_chans, num_classes=num_classes,
         )  # fmt: skip
         self.deploy = deploy
-        self.apply(init_weights)
+        self.apply(init_as_convnext)
 
     def check_input(self, height: int, width: int) -> None:
         if min(height, width) < 32:
@@ -291,13 +291,6 @@ class UniRepLKNet(Pyramid):
             )
         super().train(mode)
         return self
-
-
-def init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 default_cfgs = generate_default_cfgs(
