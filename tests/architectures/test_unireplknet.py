@@ -136,6 +136,17 @@ def test_a_dilated_kernel_is_stuffed_with_zeros():
     assert dense.count_nonzero() == 9
 
 
+def test_a_channel_that_is_nought_everywhere_has_a_finite_gradient():
+    grn, x = Grn(3), torch.randn(2, 4, 4, 3)
+    x[..., 1] = 0
+    x.requires_grad_()
+    grn(x).square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+    assert grn.weight.grad is not None
+    assert grn.weight.grad.isfinite().all()
+
+
 def test_grn_is_timms_with_a_shift():
     from timm.layers.grn import GlobalResponseNorm
 

@@ -132,7 +132,7 @@ class Grn(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if shift else None
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = x.square().sum((1, 2), keepdim=True).sqrt()
+        norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
         x = (self.weight * (norm / (norm.mean(-1, keepdim=True) + 1e-6)) + 1) * x
         return x if self.bias is None else x + self.bias
 
