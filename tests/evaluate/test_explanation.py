@@ -130,6 +130,8 @@ def test_the_overlay_has_the_photos_size_and_dims_what_is_not_seen():
     assert drawn[5, 5].sum() < 0.6 * drawn[5, 40].sum(), "outside is darker"
     assert np.ptp(drawn[5, 40]) <= 1, "no colour where nothing matters"
     assert drawn[35, 45, 2] < drawn[35, 45, 0], "the highest is yellow"
+    against = np.asarray(overlay(photo, -1 - map, (0, 0, 90, 70))).astype(int)
+    assert np.ptp(against, axis=2).max() <= 1, "no colour where all speaks against the class"
     tall = overlay(photo.resize((90, 700)), np.ones((700, 90), np.float32), (0, 0, 90, 700))
     assert np.ptp(np.asarray(tall), axis=0).max() == 0, "no seams between strips"
 

@@ -18,12 +18,12 @@ def overlay(photo: Image.Image, map: np.ndarray, seen: tuple[float, float, float
     """The photo in grey, coloured by how much each pixel matters; outside of what the model sees it is dimmed.
 
     Args:
-        map: [H, W] of the photo, at least 0 where seen; scaled by its maximum.
+        map: [H, W] of the photo, scaled by its maximum; what speaks against the class, below 0, is drawn as 0.
         seen: left, top, right, bottom of what the model sees, in pixels.
     """
     height, width = map.shape
     left, top, right, bottom = (round(edge) for edge in seen)
-    highest = float(map.max()) or 1.0
+    highest = max(float(map.max()), 0.0) or 1.0
     drawn = np.empty((height, width, 3), np.uint8)
     for start in range(0, height, STRIP):
         rows = slice(start, start + STRIP)

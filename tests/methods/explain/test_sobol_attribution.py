@@ -1,6 +1,7 @@
 """sobol-attribution: indices of functions whose indices are known, agreement with scipy, and invariances."""
 
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from foveal.backbones.wrapper import Scorer
 from foveal.core.errors import UsageError
 from foveal.methods.explain.sobol_attribution import (
     BLUR,
+    SHOWN,
     Options,
     SobolAttribution,
     blurred,
+    contexts,
     design,
+    effects,
     indices,
     total_order,
 )
@@ -125,6 +129,48 @@ def test_agrees_with_scipy_once_the_variance_is_the_same():
 def test_points_that_are_no_power_of_two_are_refused():
     with pytest.raises(UsageError, match="points=48: expected a power of two, such as 32"):
         design(4, 48)
+    with pytest.raises(UsageError, match="points=1: expected a power of two, such as 2"):
+        design(4, 1)
+
+
+@pytest.mark.parametrize("points", [1, 4, 16])
+def test_effects_of_an_additive_function_are_its_weights(points: int):
+    w = weights(9).double()
+    rows = contexts(9, points, seed=1)
+    assert rows.shape == (points * 10, 9)
+    assert set(rows.unique().tolist()) <= {0.0, 1.0}
+    assert torch.allclose(effects(3 + rows.double() @ w, rows), w)
+    assert torch.allclose(effects(-2 * (rows.double() @ w), rows), -2 * w)
+
+
+def test_effects_agree_with_one_cell_and_context_at_a_time():
+    rows, d, points = contexts(5, 8, seed=2), 5, 8
+
+    def f(m: Tensor) -> Tensor:
+        m = m.double()
+        return (m[..., 0] * m[..., 1] - m[..., 2]).exp() + m[..., 3] * m[..., 0]
+
+    found = effects(f(rows), rows)
+    for cell in range(d):
+        changes = []
+        for context in rows[:points]:
+            shown, hidden = context.clone(), context.clone()
+            shown[cell], hidden[cell] = 1, 0
+            changes.append(float(f(shown) - f(hidden)))
+        assert float(found[cell]) == pytest.approx(np.mean(changes), abs=1e-12)
+    assert found[4] == 0
+
+
+def test_contexts_show_each_cell_as_often_and_effects_are_signed_first_order_indices():
+    w = weights(4).double()
+    rows = contexts(4, 1024, seed=3)
+    A = rows[:1024]
+    assert torch.allclose(A.mean(0), torch.tensor(SHOWN), atol=1e-6)
+    variance = (A.double() @ w).var(correction=0)
+    first = SHOWN * (1 - SHOWN) * effects(rows.double() @ w, rows).square() / variance
+    assert torch.allclose(first, w**2 / w.square().sum(), atol=0.02)
+    with pytest.raises(UsageError, match="points=3: expected a power of two"):
+        contexts(4, 3)
 
 
 class Counting(Scorer):
@@ -155,9 +201,21 @@ def test_the_map_shows_the_corner_that_the_class_rests_on():
         assert cells[0 if corner == (3, 3) else 3, 0] < 0.1 * cells.max()
 
 
+def test_a_corner_that_speaks_against_the_class_is_below_zero():
+    model = Scorer(lambda x: torch.stack([x[:, :, :4, :4].mean((1, 2, 3)) - 2 * x[:, :, -4:, -4:].mean((1, 2, 3))], 1))
+    model.neutral = torch.zeros(3, 1, 1)
+    method = SobolAttribution(Options(grid=4, points=2, index="effect"))
+    cells = method.explain(model, photos(1), torch.tensor([0]))[0].unflatten(0, (4, 4)).unflatten(2, (4, 4))
+    means = cells.mean((1, 3))
+    assert divmod(int(means.argmax()), 4) == (0, 0)
+    assert divmod(int(means.argmin()), 4) == (3, 3)
+    assert means[3, 3] < -means[0, 0] < 0
+
+
 @pytest.mark.parametrize("batch", [1, 7, 64])
-def test_the_number_of_images_is_as_told_and_the_batch_changes_nothing(batch: int):
-    method, model = SobolAttribution(Options(grid=3, points=8)), Counting(batch)
+@pytest.mark.parametrize("index", ["total", "effect"])
+def test_the_number_of_images_is_as_told_and_the_batch_changes_nothing(batch: int, index: Literal["total", "effect"]):
+    method, model = SobolAttribution(Options(grid=3, points=8, index=index)), Counting(batch)
     maps = method.explain(model, photos(), torch.tensor([0, 1]))
     shown = [len(images) for images in model.shown]
     assert sum(shown) == 2 * method.passes() == 2 * 8 * 10

@@ -9,14 +9,21 @@ Jansen's estimate from N quasi-random points A and the same points with column i
 a cell that matters only together with another is found. It needs scores and nothing else: no gradient, no layer, so
 it explains an exported or remote model as well. N (g^2 + 1) images are scored.
 
-Where we depart from the paper: B itself is not scored, as Jansen's estimate does not use it; overshoot of the bicubic
-enlargement below zero is cut. Like the authors' code the points are not scrambled by default; the first point, all
-zeros in A, B and C, then adds nothing to any index and something to V (`scramble=true` avoids it). V is the
-variance of f(A) alone, with N - 1. Estimators other than Jansen's and masks over words are left out.
+Departures: B itself is not scored, as Jansen's estimate does not use it; overshoot of the bicubic enlargement below
+zero is cut. Like the authors' code the points are not scrambled by default; the first point, all zeros in A, B and C,
+then adds nothing to any index and something to V (`scramble=true` avoids it). V is the variance of f(A) alone, with
+N - 1. Estimators other than Jansen's and masks over words are left out. Ours is `index=effect`: an index has no sign,
+and at strengths drawn from all of [0, 1] most of the N contexts are scored near zero and say nothing. There a context
+shows whole cells, three in four, C^i turns cell i over, and the map is the mean change of the score when the cell is
+shown,
 
-When not to use it: when one forward pass must do (`eigen-cam`); for details finer than a cell; to tell what speaks for
-a class from what speaks against it, as an index has no sign. Masks weighted by the score (RISE), which have one, were
-measured to find the evidence sooner with as many passes (see the card).
+    e_i = E[f | m_i = 1] - E[f | m_i = 0],    S_i = p (1 - p) e_i^2 / V,
+
+the first-order index S_i with its sign, by a root. It was measured to find the evidence sooner with fewer passes than
+the total-order index, captum's occlusion and RISE (see the card and the benchmarks).
+
+When not to use it: when one forward pass must do (`eigen-cam`); for details finer than a cell; `index=total` to tell
+what speaks for a class from what speaks against it; `index=effect` to find cells that matter only together.
 """
 
 from __future__ import annotations
@@ -37,6 +44,14 @@ from foveal.core.options import option, options
 
 BLUR = 10
 """Side of the box, in pixels, that `perturb=blur` averages over."""
+SHOWN = 0.75
+"""Share of the cells that a context of `index=effect` shows."""
+
+
+def check_points(points: int, least: int) -> None:
+    if points < least or points & (points - 1):
+        near = 1 << max(1, points.bit_length() - 1)
+        raise UsageError(f"points={points}: expected a power of two, such as {near}")
 
 
 def design(cells: int, points: int, scramble: bool = False, seed: int = 0) -> Float[Tensor, "rows d"]:
@@ -45,10 +60,9 @@ def design(cells: int, points: int, scramble: bool = False, seed: int = 0) -> Fl
     A and B are the halves of a 2d-dimensional Sobol sequence of N points.
 
     Raises:
-        UsageError: N is not a power of two, at which alone the sequence is balanced.
+        UsageError: N is not a power of two above 1, at which alone the sequence is balanced.
     """
-    if points < 2 or points & (points - 1):
-        raise UsageError(f"points={points}: expected a power of two, such as {1 << max(1, points.bit_length() - 1)}")
+    check_points(points, 2)
     drawn = SobolEngine(2 * cells, scramble=scramble, seed=seed).draw(points, dtype=torch.float64).float()
     A, B = drawn.split(cells, dim=1)
     C = A.repeat(cells, 1, 1)
@@ -80,6 +94,28 @@ def indices(
     return total_order(torch.cat([score(part) for part in rows.split(batch)]), cells)
 
 
+def contexts(cells: int, points: int, seed: int = 0) -> Float[Tensor, "rows d"]:
+    """Rows [N (d + 1), d] of zeros and ones: A, in which SHOWN of the cells are ones, then C^1 to C^d, where C^i is A
+    with cell i turned over. A comes from a scrambled Sobol sequence: over its points each cell is shown as often.
+
+    Raises:
+        UsageError: N is not a power of two.
+    """
+    check_points(points, 1)
+    drawn = SobolEngine(cells, scramble=True, seed=seed).draw(points, dtype=torch.float64)
+    A = (drawn < SHOWN).float()
+    C = A.repeat(cells, 1, 1)
+    C.diagonal(dim1=0, dim2=2).copy_(1 - A)
+    return torch.cat([A, C.flatten(0, 1)])
+
+
+def effects(scores: Float[Tensor, " rows"], rows: Float[Tensor, "rows d"]) -> Float[Tensor, " d"]:
+    """Mean change [d] of the scores of `contexts` when a cell is shown; float64."""
+    A, C = scores.double().unflatten(0, (rows.shape[1] + 1, -1)).tensor_split([1])
+    shown = rows[: A.shape[1]].T.double()
+    return ((A - C) * (2 * shown - 1)).mean(1)
+
+
 def cell_of_pixels(length: int, grid: int) -> Tensor:
     """The cell of each pixel of an axis [length] under nearest enlargement."""
     return torch.arange(length) * grid // length
@@ -98,9 +134,10 @@ class Options:
     """What `sobol-attribution` can be told."""
 
     grid: int = option(8, "cells along each side (g)", ge=1, le=64)
-    points: int = option(32, "points of the sequence (N), a power of two; N (g^2 + 1) images are scored", ge=2)
+    points: int = option(32, "points of the sequence (N), a power of two; N (g^2 + 1) images are scored", ge=1)
+    index: Literal["total", "effect"] = option("total", "total-order, without a sign; or the signed first-order effect")
     perturb: Literal["neutral", "blur"] = option("neutral", "what a cell fades to: the neutral colour, or its blur")
-    scramble: bool = option(False, "scramble the sequence by `seed`")
+    scramble: bool = option(False, "scramble the sequence by `seed`, as index=effect always does")
     seed: int = option(0, "of the scrambling", ge=0)
 
 
@@ -131,7 +168,10 @@ class SobolAttribution(Explain):
             raise UsageError(
                 f"grid={chosen.grid}: larger than the image, {height} x {width} pixels; choose fewer cells"
             )
-        rows = design(chosen.grid**2, chosen.points, chosen.scramble, chosen.seed).to(images)
+        if chosen.index == "effect":
+            rows = contexts(chosen.grid**2, chosen.points, chosen.seed).to(images)
+        else:
+            rows = design(chosen.grid**2, chosen.points, chosen.scramble, chosen.seed).to(images)
         faded = blurred(images) if chosen.perturb == "blur" else model.neutral.to(images).expand_as(images)
         down, across = (cell_of_pixels(length, chosen.grid).to(images.device) for length in (height, width))
         found: list[Tensor] = []
@@ -141,8 +181,11 @@ class SobolAttribution(Explain):
                 strength = part.unflatten(1, (1, chosen.grid, chosen.grid))[:, :, down][:, :, :, across]
                 shown = torch.lerp(ground, image, strength)
                 scores.append(model.of(shown, wanted.expand(len(part))))
-            found.append(total_order(torch.cat(scores), chosen.grid**2))
+            all_scores = torch.cat(scores)
+            signed = chosen.index == "effect"
+            found.append(effects(all_scores, rows) if signed else total_order(all_scores, chosen.grid**2))
             if not found[-1].any():
                 warnings.warn("the score does not change under the perturbation: the map is zero", stacklevel=2)
         cells = torch.stack(found).to(images).unflatten(1, (1, chosen.grid, chosen.grid))
-        return F.interpolate(cells, (height, width), mode="bicubic").clamp_min(0)[:, 0]
+        maps = F.interpolate(cells, (height, width), mode="bicubic")[:, 0]
+        return maps if chosen.index == "effect" else maps.clamp_min(0)
