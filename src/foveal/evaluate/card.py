@@ -54,7 +54,6 @@ def write_card(path: str | Path, context: ReportContext, classifier: Classifier 
         if name in metrics
     ]
     page = {
-        "front": front_matter(context, title),
         "title": title,
         "verdict": verdict(metrics)["text"],
         "classes": manifest["classes"] if len(manifest["classes"]) <= 50 else [listed(manifest["classes"], 50)],
@@ -83,14 +82,19 @@ def write_card(path: str | Path, context: ReportContext, classifier: Classifier 
         "garbage_caught": percent(unknown.get("garbage_caught")),
         "cost": list(cost_rows(context["cost"])),
         "provenance": list(provenance(manifest)),
-        "version": version("foveal"),
         "by_hand": classifier is not None,
         "beyond_timm": beyond_timm(classifier, manifest) if classifier else None,
         "bias": classifier is not None and getattr(classifier.head, "bias", None) is not None,
         "licence": NO_LICENCE,
     }
-    template = environment().overlay(finalize=lambda value: value).get_template("card.md.j2")
-    text = template.render({key: markdown(value) for key, value in page.items() if key != "front"}, front=page["front"])
+    write_markdown(path, "card.md.j2", front_matter(context, title), page)
+
+
+def write_markdown(path: str | Path, template: str, front: Mapping[str, Any], page: Mapping[str, Any]) -> None:
+    """Write a README.md from its template: YAML front matter, and the page's text as `markdown` keeps it text."""
+    made = environment().overlay(finalize=lambda value: value).get_template(template)
+    told = {key: markdown(value) for key, value in {**page, "version": version("foveal")}.items()}
+    text = made.render(told, front="\n".join(yaml_lines(front)))
     Path(path).write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
@@ -123,8 +127,8 @@ def markdown(value: Any) -> Any:
     return type(value)(markdown(item) for item in value) if isinstance(value, list | tuple) else value
 
 
-def front_matter(context: ReportContext, title: str) -> str:
-    """The YAML block, without its `---` lines."""
+def front_matter(context: ReportContext, title: str) -> dict[str, Any]:
+    """What the Hub reads of a classifier of images."""
     manifest, metrics = context["manifest"], context["metrics"]
     data = manifest["data"]["name"]
     hub = data.removeprefix("hub:") if data.startswith("hub:") else None
@@ -137,7 +141,7 @@ def front_matter(context: ReportContext, title: str) -> str:
         {"type": kind, "name": METRICS[name][0], "value": round(metrics[name]["value"], 4)}
         for name, kind in measured.items()
     ]
-    fields: dict[str, Any] = {
+    return {
         "library_name": "foveal",
         "pipeline_tag": "image-classification",
         "tags": ["foveal", "timm", "image-classification", manifest["method"]["name"], manifest["task"]],
@@ -157,7 +161,6 @@ def front_matter(context: ReportContext, title: str) -> str:
             }
         ],
     }
-    return "\n".join(yaml_lines(fields))
 
 
 def yaml_lines(content: Mapping[str, Any] | Sequence[Any], indent: str = "") -> Iterator[str]:

@@ -10,18 +10,16 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from foveal.evaluate.card import markdown, yaml_lines
+from foveal.evaluate.card import write_markdown
 from foveal.evaluate.charts import curves_chart, short
 from foveal.evaluate.page import (
     count,
     data_rows,
     duration,
-    environment,
     figure,
     fixed,
     lane,
     method_text,
-    version,
     write_page,
 )
 from foveal.evaluate.report import provenance
@@ -176,8 +174,5 @@ def write_forecasts(
         "metrics": [(METRICS[name][0], figure(metrics[name]), figure(straight[name])) for name in shown_metrics]
         + [(f"C({row['within']}), seconds", row["value"], row["straight"]) for row in ranges],
         "provenance": told,
-        "version": version("foveal"),
     }
-    template = environment().overlay(finalize=lambda value: value).get_template("forecast.md.j2")
-    text = template.render({key: markdown(value) for key, value in card.items()}, front="\n".join(yaml_lines(front)))
-    (folder / "README.md").write_bytes(text.encode("utf-8", "backslashreplace"))
+    write_markdown(folder / "README.md", "forecast.md.j2", front, card)

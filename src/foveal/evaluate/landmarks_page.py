@@ -13,21 +13,19 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from foveal.evaluate.card import markdown, yaml_lines
+from foveal.evaluate.card import write_markdown
 from foveal.evaluate.charts import Frame, curves_chart, path, short, ticks
 from foveal.evaluate.page import (
     backbone_text,
     count,
     data_rows,
     duration,
-    environment,
     figure,
     fixed,
     interval_text,
     lane,
     method_text,
     percent,
-    version,
     write_page,
 )
 from foveal.evaluate.report import cost_rows, provenance
@@ -203,8 +201,5 @@ def write_landmarks(
         ],
         "rows": [(row["name"], row["n"], row["nme"], row["interval"], row["pck"]) for row in rows],
         "provenance": page["provenance"],
-        "version": version("foveal"),
     }
-    template = environment().overlay(finalize=lambda value: value).get_template("landmarks.md.j2")
-    text = template.render({key: markdown(value) for key, value in card.items()}, front="\n".join(yaml_lines(front)))
-    (folder / "README.md").write_bytes(text.encode("utf-8", "backslashreplace"))
+    write_markdown(folder / "README.md", "landmarks.md.j2", front, card)

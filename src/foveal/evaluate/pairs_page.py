@@ -12,18 +12,16 @@ from typing import Any
 from markupsafe import Markup
 from PIL import Image
 
-from foveal.evaluate.card import markdown, yaml_lines
+from foveal.evaluate.card import write_markdown
 from foveal.evaluate.charts import curves_chart, drawn
 from foveal.evaluate.page import (
     backbone_text,
     count,
     data_rows,
     duration,
-    environment,
     figure,
     lane,
     method_text,
-    version,
     write_page,
 )
 from foveal.evaluate.report import cost_rows, provenance
@@ -155,8 +153,5 @@ def write_pairs(
             for key in WAYS
         ],
         "provenance": told,
-        "version": version("foveal"),
     }
-    template = environment().overlay(finalize=lambda value: value).get_template("pairs.md.j2")
-    text = template.render({key: markdown(value) for key, value in card.items()}, front="\n".join(yaml_lines(front)))
-    (folder / "README.md").write_bytes(text.encode("utf-8", "backslashreplace"))
+    write_markdown(folder / "README.md", "pairs.md.j2", front, card)

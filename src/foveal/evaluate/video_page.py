@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from foveal.evaluate.card import markdown, yaml_lines
+from foveal.evaluate.card import write_markdown
 from foveal.evaluate.charts import place
 from foveal.evaluate.page import (
     METRICS,
@@ -19,12 +19,10 @@ from foveal.evaluate.page import (
     count,
     data_rows,
     duration,
-    environment,
     figure,
     fixed,
     lane,
     method_text,
-    version,
     write_page,
 )
 from foveal.evaluate.report import calibration as calibration_part
@@ -176,8 +174,5 @@ def write_video(
             for name in ("accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
         ],
         "provenance": facts,
-        "version": version("foveal"),
     }
-    template = environment().overlay(finalize=lambda value: value).get_template("video.md.j2")
-    text = template.render({key: markdown(value) for key, value in card.items()}, front="\n".join(yaml_lines(front)))
-    (folder / "README.md").write_bytes(text.encode("utf-8", "backslashreplace"))
+    write_markdown(folder / "README.md", "video.md.j2", front, card)

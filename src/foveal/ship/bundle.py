@@ -40,7 +40,7 @@ from foveal.features.session import pick_device
 from foveal.features.stream import stream_pixels
 from foveal.ship.answer import answer, unreadable
 from foveal.ship.hub import fetch, on_hub
-from foveal.ship.opened import Opened
+from foveal.ship.opened import Opened, must_fit
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -153,7 +153,7 @@ class Bundle(Opened):
     def model(self) -> Calibrated:
         """The torch model: normalised images [B, 3, H, W] -> (probabilities [B, C], unknown score [B])."""
         path = self.path / "model.safetensors"
-        try:
+        with must_fit(self.path):
             weights = load_file(path)
             head, score = part(weights, "classifier.head."), part(weights, "ood.")
             described, name = self.manifest["backbone"], self.calibration["unknown"]["name"]
@@ -171,12 +171,6 @@ class Bundle(Opened):
             if not 0 < temperature < float("inf"):
                 raise ValueError(f"the temperature is {temperature}, expected a positive number")
             return Calibrated(classifier, temperature, unknown, self.task).eval()
-        except Exception as error:  # modules meet tensors of other shapes, types and numbers with errors of any type
-            reason = str(error).replace("\n", " ") or type(error).__name__
-            raise BundleError(
-                f"the weights of Bundle {self.path} do not fit its bundle.json ({reason}): "
-                "restore the folder or fit again"
-            ) from None
 
     def structure(self, held: int) -> Classifier:
         """The classifier with random weights, after all steps.

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from foveal.core.bundle import BundleFiles
-from foveal.core.errors import BundleError, DataError
+from foveal.core.errors import DataError
 from foveal.core.families.motion import Motion
 from foveal.core.schema import OtherManifest, Positive
 from foveal.data.tracks import UNEVEN, Tracks, open_tracks
 from foveal.features.foresee import foresee
-from foveal.ship.opened import Opened, must_hold
+from foveal.ship.opened import Opened, must_fit, must_hold
 
 
 class ForecastManifest(OtherManifest):
@@ -53,16 +53,10 @@ class ForecastBundle(Opened):
     @torch.inference_mode(False)
     def model(self) -> nn.Module:
         """The torch network; see `Motion.attach`."""
-        try:
+        with must_fit(self.path):
             model = self.method.finish(self.method.attach(self.manifest["maps"], 1.0))
             model.load_state_dict(load_file(self.path / "model.safetensors"))
             return model.eval()
-        except Exception as error:  # modules meet tensors of other shapes, types and numbers with errors of any type
-            reason = str(error).replace("\n", " ") or type(error).__name__
-            raise BundleError(
-                f"the weights of Bundle {self.path} do not fit its bundle.json ({reason}): "
-                "restore the folder or fit again"
-            ) from None
 
     def predict(
         self,

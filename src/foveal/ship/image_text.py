@@ -24,7 +24,7 @@ from foveal.core.families.language import Language
 from foveal.core.schema import MAX_JSON, OtherManifest, Stored, StoredBackbone
 from foveal.data.open import open_images
 from foveal.features.towers import encode_images, encode_texts
-from foveal.ship.opened import Opened, must_hold
+from foveal.ship.opened import Opened, must_fit, must_hold
 from foveal.ship.zero_shot import ZeroShot, of_towers
 
 if TYPE_CHECKING:
@@ -92,23 +92,14 @@ class ImageTextBundle(Opened):
     @torch.inference_mode(False)
     def model(self) -> Towers:
         """The torch module; see `foveal.backbones.towers.Towers`."""
-        try:
+        method, tokenizer = self.method, self.tokenizer
+        with must_fit(self.path):
             weights = load_file(self.path / "model.safetensors")
             held = sum(tensor.numel() for tensor in weights.values())
-            text = rebuild_text(self.manifest["text"], self.tokenizer, most=held)
-            towers: Any = self.method.finish(
-                self.method.attach(rebuild_backbone(self.manifest["backbone"], most=held), text)
-            )
+            text = rebuild_text(self.manifest["text"], tokenizer, most=held)
+            towers: Any = method.finish(method.attach(rebuild_backbone(self.manifest["backbone"], most=held), text))
             towers.load_state_dict(weights)
             return towers.requires_grad_(False).eval()
-        except BundleError:
-            raise
-        except Exception as error:  # modules meet tensors of other shapes, types and numbers with errors of any type
-            reason = str(error).replace("\n", " ") or type(error).__name__
-            raise BundleError(
-                f"the weights of Bundle {self.path} do not fit its bundle.json ({reason}): "
-                "restore the folder or fit again"
-            ) from None
 
     def embed_images(self, images: Iterable[Any], *, device: str = "auto") -> Tensor:
         """Unit vectors [n, dim] of files, folders, PIL images or uint8 arrays [H, W, 3].

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from foveal.backbones.adapter import normalise, rebuild_backbone
 from foveal.core.bundle import BundleFiles
-from foveal.core.errors import BundleError, DataError, FovealError
+from foveal.core.errors import DataError, FovealError
 from foveal.core.families.dense import Dense
 from foveal.core.preprocessing import Preprocessing
 from foveal.core.schema import OtherManifest, StoredBackbone
@@ -24,7 +24,7 @@ from foveal.data.open import open_images
 from foveal.data.worlds import garbage
 from foveal.features.graph import OPSET, to_onnx
 from foveal.features.locate import locate
-from foveal.ship.opened import Opened, must_hold
+from foveal.ship.opened import Opened, must_fit, must_hold
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,19 +82,13 @@ class LandmarkBundle(Opened):
     @torch.inference_mode(False)
     def model(self) -> nn.Module:
         """The torch network: normalised images [B, 3, S, S] -> maps [B, K, h, w]."""
-        try:
+        with must_fit(self.path):
             weights = load_file(self.path / "model.safetensors")
             held = sum(tensor.numel() for tensor in weights.values())
             backbone = rebuild_backbone(self.manifest["backbone"], most=held)
             model = self.method.finish(self.method.attach(backbone, len(self.names)))
             model.load_state_dict(weights)
             return model.eval()
-        except Exception as error:  # modules meet tensors of other shapes, types and numbers with errors of any type
-            reason = str(error).replace("\n", " ") or type(error).__name__
-            raise BundleError(
-                f"the weights of Bundle {self.path} do not fit its bundle.json ({reason}): "
-                "restore the folder or fit again"
-            ) from None
 
     def predict(
         self,

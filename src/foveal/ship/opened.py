@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +68,22 @@ class Opened:
 
     def to_dict(self) -> dict[str, Any]:
         return {"bundle": str(self.path), "metrics": self.metrics, "cost": self.cost}
+
+
+@contextmanager
+def must_fit(path: Path) -> Generator[None]:
+    """Around what makes a Bundle's network of its weights.
+
+    Raises:
+        BundleError: they do not fit what bundle.json says.
+    """
+    try:
+        yield
+    except Exception as error:  # modules meet tensors of other shapes, types and numbers with errors of any type
+        reason = str(error).replace("\n", " ") or type(error).__name__
+        raise BundleError(
+            f"the weights of Bundle {path} do not fit its bundle.json ({reason}): restore the folder or fit again"
+        ) from None
 
 
 def must_hold(files: BundleFiles, name: str, content: Any, schema: type[BaseModel]) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from foveal.backbones.adapter import rebuild_backbone
 from foveal.core.bundle import BundleFiles
-from foveal.core.errors import BundleError, DataError
+from foveal.core.errors import DataError
 from foveal.core.families.video import Video
 from foveal.core.schema import Calibration, OtherManifest, StoredBackbone
 from foveal.data.clips import unlabelled_clips
@@ -23,7 +23,7 @@ from foveal.evaluate.ood import empty_score
 from foveal.features.clips import judge_clips
 from foveal.ship.answer import answer, unreadable
 from foveal.ship.bundle import filled, headline, part, shapes
-from foveal.ship.opened import Opened, must_hold
+from foveal.ship.opened import Opened, must_fit, must_hold
 
 
 class VideoManifest(OtherManifest):
@@ -59,7 +59,7 @@ class VideoBundle(Opened):
     @torch.inference_mode(False)
     def model(self) -> Calibrated:
         """The torch model: normalised clips [B, T, 3, H, W] -> (probabilities [B, C], unknown score [B])."""
-        try:
+        with must_fit(self.path):
             weights = load_file(self.path / "model.safetensors")
             held = sum(tensor.numel() for tensor in weights.values())
             backbone = rebuild_backbone(self.manifest["backbone"], most=held)
@@ -69,12 +69,6 @@ class VideoBundle(Opened):
             score = part(weights, "ood.")
             unknown = filled(empty_score(self.calibration["unknown"]["name"], shapes(score)), score)
             return Calibrated(classifier, float(weights["temperature"]), unknown).eval()
-        except Exception as error:  # modules meet tensors of other shapes, types and numbers with errors of any type
-            reason = str(error).replace("\n", " ") or type(error).__name__
-            raise BundleError(
-                f"the weights of Bundle {self.path} do not fit its bundle.json ({reason}): "
-                "restore the folder or fit again"
-            ) from None
 
     def predict(
         self,

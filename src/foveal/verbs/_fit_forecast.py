@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from foveal.core import catalogue
 from foveal.core.bundle import atomic_folder, seal, write_json
 from foveal.core.errors import UsageError
 from foveal.core.families.motion import MAP_SIDE, Motion
-from foveal.core.folders import claim
-from foveal.core.options import options_to_dict
-from foveal.core.progress import Progress
 from foveal.core.seeds import derive, generator, seed_everything
 from foveal.data.tracks import Tracks, open_tracks, split_tracks
 from foveal.evaluate.cost import timed
@@ -25,106 +19,67 @@ from foveal.evaluate.forecast import measure_forecasts, straight_on
 from foveal.evaluate.forecast_page import Scene, write_forecasts
 from foveal.features.foresee import foresee
 from foveal.ship.bundle import load, save_weights
-from foveal.train.loop import train
 from foveal.train.tracks import TrackFeed
-from foveal.verbs._adapt import report_event
-from foveal.verbs._prepare import source_of
-from foveal.verbs._write import finished
+from foveal.verbs._order import Order
 from foveal.verbs.fit import DEFAULT_BACKBONE
-from foveal.verbs.reproduce import versions
 
 SCENES = 12
 
 
-def fit(
-    data: str,
-    *,
-    method: str,
-    backbone: str,
-    out: Path,
-    seed: int,
-    budget: float | None,
-    device: str,
-    offline: bool,
-    progress: Progress,
-) -> Any:
+def fit(order: Order) -> Any:
     """See `foveal.verbs.fit.fit`.
 
     Raises:
         UsageError: a method that forecasts no motion, a backbone, or --out holds something else.
         DataError: DATA is no table of tracks, or its tracks are too short.
     """
-    start = time.perf_counter()
-    chosen = catalogue.create(method)
-    if not isinstance(chosen, Motion):
-        raise UsageError(f"{chosen.name} forecasts no motion: expected one of {', '.join(catalogue.names('motion'))}")
-    if backbone != DEFAULT_BACKBONE:
-        raise UsageError(f"--backbone {backbone}: {chosen.name} has an encoder of its own; leave --backbone out")
-    request = {"data": str(data), "task": "forecast", "method": method, "seed": seed}
-    if finished(out, request):
-        progress.say(f"{out} already holds the Bundle of this very command")
-        return load(out)
-    tracks, window = open_tracks(data), chosen.window()
+    chosen = order.chosen(Motion, "forecasts no motion")
+    if order.backbone != DEFAULT_BACKBONE:
+        raise UsageError(f"--backbone {order.backbone}: {chosen.name} has an encoder of its own; leave --backbone out")
+    if order.finished():
+        return load(order.out)
+    tracks, window = open_tracks(order.data), chosen.window()
     rows = tracks.starts(*window)
-    splits = split_tracks(tracks, rows, seed)
+    splits = split_tracks(tracks, rows, order.seed)
     part = {name: rows[splits == name] for name in ("train", "val", "test")}
     feed = TrackFeed(tracks, part["train"], window)
-    seed_everything(derive(seed, "init"))
+    seed_everything(derive(order.seed, "init"))
     model = chosen.attach(tracks.maps is not None, usual_step(feed))
-    progress.say(
+    order.progress.say(
         f"{len(tracks.agents)} agents, a row every {tracks.dt:g} s, {'maps' if tracks.maps else 'no maps'}: "
         f"{len(part['train'])} windows to learn from, {len(part['val'])} to watch, {len(part['test'])} to measure on"
     )
 
     def measured(network: nn.Module, some: np.ndarray, resamples: int) -> dict[str, Any]:
-        modes, _ = foresee(chosen, network, tracks, some, device=device)
+        modes, _ = foresee(chosen, network, tracks, some, device=order.device)
         return measure_forecasts(modes, tracks.xy, tracks.agent, some, tracks.dt, resamples=resamples)
 
-    work = out.with_name(out.name + ".work")
-    _held = claim(work)
-    write_json(work / "request.json", request)
-    result = train(
-        chosen, model, feed, seed, recipe=chosen.recipe(), device=device, work=work, budget_s=budget,
-        validate=(lambda network: {"val_fde": measured(network, part["val"], 0)["fde"]["value"]})
-        if len(part["val"])
-        else None,
-        on_event=lambda event: report_event(event, chosen.name, progress),
-    )  # fmt: skip
+    def validate(network: nn.Module) -> dict[str, float]:
+        return {"val_fde": measured(network, part["val"], 0)["fde"]["value"]}
+
+    result = order.train(chosen, model, feed, validate if len(part["val"]) else None)
     test = part["test"]
     straight = straight_on(tracks.xy, test, window[1])[:, None]
-    modes, weights = foresee(chosen, result.model, tracks, test, device=device)
+    modes, weights = foresee(chosen, result.model, tracks, test, device=order.device)
     metrics = {
         "split": "test",
         **measure_forecasts(modes, tracks.xy, tracks.agent, test, tracks.dt),
         "references": {"straight on": measure_forecasts(straight, tracks.xy, tracks.agent, test, tracks.dt)},
         "history": result.history,
     }
-    manifest = {
-        "foveal": versions(),
-        "task": "forecast",
-        "dt": tracks.dt,
-        "maps": tracks.maps is not None,
-        "history": window[0],
-        "future": window[1],
-        "method": {"name": chosen.name, "options": options_to_dict(chosen.options)},
-        "why": "asked for",
-        "seed": seed,
-        "data": {
-            "name": tracks.name,
-            "source": source_of(data),
-            "agents": len(tracks.agents),
-            "rows": len(tracks),
-            "splits": {name: len(some) for name, some in part.items()},
-            "split_by": "the data" if tracks.splits is not None else "seed, by agent",
-            "fingerprint": feed.fingerprint(),
-        },
-        "request": request,
-        "parent": None,
-        "seconds": round(time.perf_counter() - start, 2),
+    remembered = {
+        "name": tracks.name,
+        "agents": len(tracks.agents),
+        "rows": len(tracks),
+        "splits": {name: len(some) for name, some in part.items()},
+        "split_by": "the data" if tracks.splits is not None else "seed, by agent",
+        "fingerprint": feed.fingerprint(),
     }
-    write(out, manifest, metrics, result.model, tracks, test, modes, weights, seed)
-    shutil.rmtree(work, ignore_errors=True)
-    return load(out)
+    manifest = order.manifest(
+        chosen, remembered, dt=tracks.dt, maps=tracks.maps is not None, history=window[0], future=window[1]
+    )
+    write(order.out, manifest, metrics, result.model, tracks, test, modes, weights, order.seed)
+    return order.close()
 
 
 def usual_step(feed: TrackFeed) -> float:

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from foveal.backbones.adapter import Backbone, load_backbone
-from foveal.core import catalogue
+from foveal.backbones.adapter import Backbone
 from foveal.core.bundle import atomic_folder, seal, write_json
-from foveal.core.errors import UsageError
 from foveal.core.families.dense import Dense
-from foveal.core.folders import claim
-from foveal.core.options import options_to_dict, parse_options, split_choice
-from foveal.core.progress import Progress
+from foveal.core.options import options_to_dict
 from foveal.core.seeds import derive, generator, seed_everything
 from foveal.data.checks import near_duplicate_groups
 from foveal.data.points import Points, open_points, split_points, survey
@@ -27,49 +21,29 @@ from foveal.evaluate.landmarks_page import Shot, write_landmarks
 from foveal.features.locate import Located, locate
 from foveal.ship.bundle import load, save_weights
 from foveal.train.landmarks import LandmarkFeed
-from foveal.train.loop import train
-from foveal.verbs._adapt import report_event
-from foveal.verbs._prepare import source_of
-from foveal.verbs._write import finished
-from foveal.verbs.reproduce import versions
+from foveal.verbs._order import Order
 
 SHOTS = 12
 
 
-def fit(
-    data: str,
-    *,
-    method: str,
-    backbone: str,
-    out: Path,
-    seed: int,
-    budget: float | None,
-    device: str,
-    offline: bool,
-    progress: Progress,
-) -> Any:
+def fit(order: Order) -> Any:
     """See `foveal.verbs.fit.fit`.
 
     Raises:
         UsageError: a method that makes no maps, or --out holds something else.
         DataError: DATA is no table of points, or none of its images can be used.
     """
-    start = time.perf_counter()
-    chosen = choose(method)
-    request = {"data": str(data), "task": "landmarks", "method": method, "backbone": backbone, "seed": seed}
-    if finished(out, request):
-        progress.say(f"{out} already holds the Bundle of this very command")
-        return load(out)
-    given = open_points(data)
+    chosen = order.chosen(Dense, "finds no points")
+    if order.finished():
+        return load(order.out)
+    given = open_points(order.data)
     points, scan = survey(given)
-    if points.images.set_aside:
-        name, reason = points.images.set_aside[0]
-        progress.say(f"{len(points.images.set_aside)} images set aside (first: {name}: {reason})")
+    order.tell_set_aside(points.images.set_aside, "images")
     groups = near_duplicate_groups(scan["phash"])
-    splits = split_points(points, groups, seed)
+    splits = split_points(points, groups, order.seed)
     part = {name: points.subset(splits == name) for name in ("train", "val", "test")}
-    loaded = load_backbone(backbone, offline=offline)
-    seed_everything(derive(seed, "init"))
+    loaded = order.load_backbone()
+    seed_everything(derive(order.seed, "init"))
     model = chosen.attach(loaded, len(points.names))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     options = options_to_dict(chosen.options)
@@ -77,64 +51,35 @@ def fit(
         part["train"], loaded.preprocessing, augment=options.get("augment", "light"), flip=options.get("flip", "auto"),
         views=chosen.views(),
     )  # fmt: skip
-    progress.say(
+    order.progress.say(
         f"{len(points)} images with {len(points.names)} points: {len(part['train'])} to learn from, "
         f"{len(part['val'])} to watch, {len(part['test'])} to measure on; "
         f"{'mirrored, twins known' if feed.flip else 'not mirrored'}"
     )
 
     def find(network: nn.Module, some: Points) -> Located:
-        return locate(chosen, network, some.images, loaded.preprocessing, len(points.names), device=device)
+        return locate(chosen, network, some.images, loaded.preprocessing, len(points.names), device=order.device)
 
     def validate(network: nn.Module) -> dict[str, float]:
         held, found = part["val"], find(network, part["val"])
         measured = measure_points(found.xy, held.xy, held.known, found.sizes, held.names, resamples=0)
         return {"val_nme": measured["nme"]["value"]}
 
-    work = out.with_name(out.name + ".work")
-    _held = claim(work)
-    write_json(work / "request.json", request)
-    result = train(
-        chosen, model, feed, seed, recipe=chosen.recipe(), device=device, work=work, budget_s=budget,
-        validate=validate if len(part["val"]) else None,
-        on_event=lambda event: report_event(event, chosen.name, progress),
-    )  # fmt: skip
+    result = order.train(chosen, model, feed, validate if len(part["val"]) else None)
     test, found = part["test"], find(result.model, part["test"])
     metrics = judge(found, test, part["train"], sizes_of(scan, splits == "train"), result.history)
-    manifest = {
-        "foveal": versions(),
-        "task": "landmarks",
-        "classes": list(points.names),
-        "flip": None if points.flip is None else list(points.flip),
-        "backbone": loaded.describe(),
-        "method": {"name": chosen.name, "options": options},
-        "why": "asked for",
-        "seed": seed,
-        "data": {
-            "name": points.images.name,
-            "source": source_of(data),
-            "images": len(points),
-            "set_aside": [list(item) for item in points.images.set_aside],
-            "splits": {name: len(some) for name, some in part.items()},
-            "split_by": "the data" if given.images.splits is not None else "seed, near-duplicates kept together",
-            "fingerprint": feed.fingerprint(),
-        },
-        "request": request,
-        "parent": None,
-        "seconds": round(time.perf_counter() - start, 2),
+    remembered = {
+        "name": points.images.name,
+        "images": len(points),
+        "set_aside": [list(item) for item in points.images.set_aside],
+        "splits": {name: len(some) for name, some in part.items()},
+        "split_by": "the data" if given.images.splits is not None else "seed, near-duplicates kept together",
+        "fingerprint": feed.fingerprint(),
     }
-    write(out, manifest, metrics, result.model, loaded, trained, test, found, seed, device)
-    shutil.rmtree(work, ignore_errors=True)
-    return load(out)
-
-
-def choose(text: str) -> Dense:
-    name, given = split_choice(text)
-    cls = catalogue.get(name)
-    method = cls(parse_options(cls.Options, given, name))
-    if not isinstance(method, Dense):
-        raise UsageError(f"{name} finds no points: expected one of {', '.join(catalogue.names('dense'))}")
-    return method
+    flip = None if points.flip is None else list(points.flip)
+    manifest = order.manifest(chosen, remembered, classes=list(points.names), flip=flip, backbone=loaded.describe())
+    write(order.out, manifest, metrics, result.model, loaded, trained, test, found, order.seed, order.device)
+    return order.close()
 
 
 def sizes_of(scan: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import time
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from foveal.backbones.adapter import load_backbone
-from foveal.core import catalogue
 from foveal.core.bundle import atomic_folder, seal, write_json
-from foveal.core.errors import DataError, UsageError
+from foveal.core.errors import DataError
 from foveal.core.families.video import ClipClassifier, Video
-from foveal.core.folders import claim
 from foveal.core.method import classification_loss
-from foveal.core.options import options_to_dict
-from foveal.core.progress import Progress
 from foveal.core.seeds import derive, seed_everything
 from foveal.data.clips import Clips, MemoryClip, open_clips
 from foveal.data.split import make_split
@@ -32,10 +24,7 @@ from foveal.features.clips import Judged, judge_clips
 from foveal.ship.bundle import load, save_weights
 from foveal.train.clips import LabelledClips
 from foveal.train.events import balanced_accuracy
-from foveal.train.loop import train
-from foveal.verbs._adapt import report_event
-from foveal.verbs._write import finished
-from foveal.verbs.reproduce import versions
+from foveal.verbs._order import Order
 
 STRANGE = 32
 """Clips of procedural pictures that stand for what the model does not know."""
@@ -43,18 +32,7 @@ STRIPS = 10
 KEPT = ("about", "accuracy", "balanced_accuracy", "macro_f1", "auroc", "ece")
 
 
-def fit(
-    data: str,
-    *,
-    method: str,
-    backbone: str,
-    out: Path,
-    seed: int,
-    budget: float | None,
-    device: str,
-    offline: bool,
-    progress: Progress,
-) -> Any:
+def fit(order: Order) -> Any:
     """See `foveal.verbs.fit.fit`.
 
     Raises:
@@ -62,31 +40,27 @@ def fit(
         DataError: DATA holds no clips by class, or too few of a class.
         BackboneError: nothing of the method fits on the backbone.
     """
-    start = time.perf_counter()
-    chosen = choose(method)
-    request = {"data": str(data), "task": "video", "method": method, "backbone": backbone, "seed": seed}
-    if finished(out, request):
-        progress.say(f"{out} already holds the Bundle of this very command")
-        return load(out)
-    clips = open_clips(data, lambda done, total: progress.update("reading clips", done, total))
-    if clips.set_aside:
-        name, reason = clips.set_aside[0]
-        progress.say(f"{len(clips.set_aside)} clips set aside (first: {name}: {reason})")
+    chosen, seed = order.chosen(Video, "does not classify clips"), order.seed
+    if order.finished():
+        return load(order.out)
+    clips = open_clips(order.data, lambda done, total: order.progress.update("reading clips", done, total))
+    order.tell_set_aside(clips.set_aside, "clips")
     splits = splits_of(clips, seed)
     rows = {name: np.flatnonzero(splits == name) for name in ("train", "val", "test")}
-    loaded = load_backbone(backbone, offline=offline)
+    loaded = order.load_backbone()
     preprocessing, described = loaded.preprocessing, loaded.describe()
     seed_everything(derive(seed, "init"))
     model = chosen.attach(loaded, clips.classes)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = class_weights(clips, rows["train"])
-    progress.say(
+    order.progress.say(
         f"{len(clips)} clips of {len(clips.classes)} classes: {len(rows['train'])} to learn from, "
         f"{len(rows['val'])} to calibrate on, {len(rows['test'])} to measure on; {model.frames} frames of each"
     )
 
     def judge(network: ClipClassifier, some: np.ndarray, **asked: Any) -> Judged:
-        judged = judge_clips(chosen, network, [clips.clips[row] for row in some], preprocessing, device=device, **asked)
+        held = [clips.clips[row] for row in some]
+        judged = judge_clips(chosen, network, held, preprocessing, device=order.device, **asked)
         if judged.errors:
             place, reason = next(iter(judged.errors.items()))
             raise DataError(f"clip {clips.ids[int(some[place])]} cannot be read any more ({reason})")
@@ -97,51 +71,33 @@ def fit(
         loss = classification_loss(logits, {"labels": held, "class_weights": weights})
         return {"val_loss": float(loss), "val_balanced_accuracy": balanced_accuracy(logits, held)}
 
-    work = out.with_name(out.name + ".work")
-    _held = claim(work)
-    write_json(work / "request.json", request)
     feed = LabelledClips(clips, rows["train"], chosen, preprocessing, weights)
-    result = train(
-        chosen, model, feed, seed, recipe=chosen.recipe(), device=device, work=work, budget_s=budget, validate=validate,
-        on_event=lambda event: report_event(event, chosen.name, progress),
-    )  # fmt: skip
+    result = order.train(chosen, model, feed, validate)
     network = result.model
     judged = {name: judge(network, some) for name, some in rows.items()}
     labels = {name: clips.labels[some] for name, some in rows.items()}
-    calibrated, calibration = trust(chosen, network, judged, labels, preprocessing, device)
+    calibrated, calibration = trust(chosen, network, judged, labels, preprocessing, order.device)
     T = float(calibration["temperature"]["value"])
     probabilities = to_probabilities(judged["test"].logits.numpy(), "single-label", T)
     metrics = {"split": "test", **measure(probabilities, labels["test"], clips.classes, "single-label")}
     mixed = to_probabilities(judge(network, rows["test"], shuffled=seed).logits.numpy(), "single-label", T)
     metrics["references"] = references(mixed, labels, clips.classes)
     metrics["history"] = result.history
-    manifest = {
-        "foveal": versions(),
-        "task": "video",
-        "classes": list(clips.classes),
-        "backbone": described,
-        "method": {"name": chosen.name, "options": options_to_dict(chosen.options)},
-        "why": "asked for",
-        "seed": seed,
-        "data": {
-            "name": clips.name,
-            "source": str(Path(data).absolute()),
-            "clips": len(clips),
-            "frames": int(clips.counts.sum()),
-            "set_aside": [list(item) for item in clips.set_aside],
-            "splits": {name: len(some) for name, some in rows.items()},
-            "split_by": "seed, copies kept together" if splits is not clips.splits else "the data",
-            "fingerprint": feed.fingerprint(),
-        },
-        "request": request,
-        "parent": None,
-        "seconds": round(time.perf_counter() - start, 2),
+    remembered = {
+        "name": clips.name,
+        "clips": len(clips),
+        "frames": int(clips.counts.sum()),
+        "set_aside": [list(item) for item in clips.set_aside],
+        "splits": {name: len(some) for name, some in rows.items()},
+        "split_by": "seed, copies kept together" if splits is not clips.splits else "the data",
+        "fingerprint": feed.fingerprint(),
     }
-    with atomic_folder(out) as folder:
+    manifest = order.manifest(chosen, remembered, classes=list(clips.classes), backbone=described)
+    with atomic_folder(order.out) as folder:
         save_weights(calibrated, folder / "model.safetensors")
         write_json(folder / "calibration.json", calibration)
         write_json(folder / "metrics.json", metrics)
-        spent = clip_cost(network, preprocessing.size, trained, folder, device=device)
+        spent = clip_cost(network, preprocessing.size, trained, folder, device=order.device)
         write_json(folder / "cost.json", spent)
         strips = [
             strip(chosen, clips, rows["test"], probabilities, place)
@@ -149,15 +105,7 @@ def fit(
         ]
         write_video(folder, manifest, calibration, metrics, spent, strips)
         seal(folder, manifest)
-    shutil.rmtree(work, ignore_errors=True)
-    return load(out)
-
-
-def choose(text: str) -> Video:
-    method = catalogue.create(text)
-    if not isinstance(method, Video):
-        raise UsageError(f"{method.name} does not classify clips: expected {' or '.join(catalogue.names('video'))}")
-    return method
+    return order.close()
 
 
 def splits_of(clips: Clips, seed: int) -> np.ndarray:

@@ -73,11 +73,12 @@ def fit(
     if other := other_task(task, method):
         if class_weights != "auto":
             raise UsageError(f"--class-weights {class_weights}: {other} has no class weights")
-        chosen_name = the_method_of(other) if method == "auto" else method
-        return import_module(f"foveal.verbs._fit_{other.replace('-', '_')}").fit(
-            data, method=chosen_name, backbone=backbone, out=Path(out) if out else default_out(data, chosen_name),
-            seed=seed, budget=seconds, device=device, offline=offline, progress=progress,
-        )  # fmt: skip
+        from foveal.verbs._order import Order
+
+        name = the_method_of(other) if method == "auto" else method
+        out = Path(out) if out else default_out(data, name)
+        order = Order(data, other, name, backbone, out, seed, seconds, device, offline, progress, start)
+        return import_module(f"foveal.verbs._fit_{other.replace('-', '_')}").fit(order)
     chosen = None if method == "auto" else choose(method)
     out = Path(out) if out else default_out(data, method)
     request = request_of(data, method, backbone, seed, class_weights)
