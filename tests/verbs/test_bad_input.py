@@ -57,6 +57,42 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("predict", "runs/x", ""),
+        ("predict", "", "photo.png"),
+        ("predict", "runs/x", "photo.png", ""),
+        ("fit", ""),
+        ("index", "photos", "--out", ""),
+        ("search", "library", "--text", ""),
+        ("update", "runs/x", "new", "--old", ""),
+        ("serve", "runs/x", "--token", ""),
+    ],
+)
+def test_what_is_empty_is_not_the_folder_here(command: tuple[str, ...], say: Callable[..., str]):
+    assert "it is empty: give a value (for the folder you are in, write .), or leave it out" in say(*command)
+
+
+def test_every_verb_refuses_an_empty_path(say: Callable[..., str]):
+    """Whatever a verb takes first is a path or a name; those of the Python API are its signature's."""
+    import inspect
+
+    from foveal import VERBS
+
+    asked = 0
+    for verb in VERBS:
+        parameters = [
+            p for p in inspect.signature(getattr(foveal, verb)).parameters.values() if p.kind != p.KEYWORD_ONLY
+        ]
+        if parameters:
+            said = say(verb, *[""] * len(parameters))
+            assert f"'{parameters[0].name.upper()}" in said
+            assert "it is empty" in said
+            asked += 1
+    assert asked > 15
+
+
 def test_a_path_that_is_not_there(say: Callable[..., str]):
     assert "nowhere" in say("fit", "nowhere/")
 

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -54,7 +55,7 @@ def command(verb: Callable[..., Any]) -> Callable[..., None]:
         if name == "progress":
             continue
         kind, text = get_args(hints[name])[:2] if get_origin(hints[name]) is Annotated else (hints[name], "")
-        given: dict[str, Any] = {"help": text}
+        given: dict[str, Any] = {"help": text, "parser": reader(kind)}
         info = (
             typer.Option(*short(name), **given, show_default=parameter.default is not None)
             if parameter.kind is parameter.KEYWORD_ONLY
@@ -81,6 +82,24 @@ def command(verb: Callable[..., Any]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def reader(kind: Any) -> Callable[[str], Any] | None:
+    """What refuses an empty path or word, as an unset variable of the shell leaves it: Path("") is the folder here."""
+
+    def path(value: str) -> Path:
+        return Path(said(str(value)))
+
+    def text(value: str) -> str:
+        return said(value)
+
+    def said(value: str) -> str:
+        if not value:
+            raise typer.BadParameter("it is empty: give a value (for the folder you are in, write .), or leave it out")
+        return value
+
+    kinds = {each for each in (kind, *get_args(kind)) if each in (Path, str)}
+    return path if Path in kinds else text if str in kinds else None
 
 
 def short(name: str) -> tuple[str, ...]:
