@@ -19,8 +19,9 @@ shown,
 
     e_i = E[f | m_i = 1] - E[f | m_i = 0],    S_i = p (1 - p) e_i^2 / V,
 
-the first-order index S_i with its sign, by a root. It was measured to find the evidence sooner with fewer passes than
-the total-order index, captum's occlusion and RISE (see the card and the benchmarks).
+the first-order index S_i with its sign, by a root. On five photos it came with 296 passes to a lower deletion score
+than the total-order index (1,184 passes), captum's occlusion at nine windows (842 at most) and RISE (2,000) ever did;
+for the best scores of occlusion and RISE it took 0.9 and 0.6 of their passes (see the benchmarks).
 
 When not to use it: when one forward pass must do (`eigen-cam`); for details finer than a cell; `index=total` to tell
 what speaks for a class from what speaks against it; `index=effect` to find cells that matter only together.
