@@ -93,6 +93,10 @@ def test_the_verb_predict(bundle: Any, table: Path, tmp_path: Path):
 
 
 def test_what_is_refused(bundle: Any, table: Path, tiny: str, tmp_path: Path):
+    with pytest.raises(UsageError, match=r"is for forecast: expected a Bundle that classifies images or clips"):
+        foveal.export(bundle.path)
+    assert not (bundle.path / "model.onnx").exists()
+
     def fit(method: str, data: Path = table, **more: Any) -> None:
         foveal.fit(str(data), task="forecast", method=method, out=tmp_path / "out", offline=True, **more)
 

@@ -15,6 +15,7 @@ from foveal.backbones.adapter import load_backbone
 from foveal.backbones.text import sentence_encoder
 from foveal.core.errors import BundleError, DataError, UsageError
 from foveal.data.captioned import digit_pairs
+from foveal.ship.hub import OWN
 from foveal.ship.image_text import ImageTextBundle
 from foveal.ship.zero_shot import parse_labels, zero_shot
 
@@ -104,6 +105,42 @@ def test_its_labels_travel_in_one_onnx_file(bundle: ImageTextBundle, table: Path
     assert json.loads(told["classes"]) == ["three then seven", "one then two"]
 
 
+def test_both_towers_as_onnx_are_the_bundle(bundle: ImageTextBundle, table: Path, tmp_path: Path):
+    import shutil
+
+    import onnxruntime
+
+    shutil.copytree(bundle.path, tmp_path / "copy")
+    record = foveal.export(tmp_path / "copy").to_dict()
+    assert record["max_abs_difference"] < 1e-4
+    assert (record["images"], record["checked"]) == (8, "images and 4 texts")
+    assert foveal.load(tmp_path / "copy").cost["onnx"]["text_bytes"] == (tmp_path / "copy" / "text.onnx").stat().st_size
+    seen, heard = (
+        onnxruntime.InferenceSession(tmp_path / "copy" / name, providers=["CPUExecutionProvider"])
+        for name in ("model.onnx", "text.onnx")
+    )
+    assert heard.get_modelmeta().custom_metadata_map["tokenizer"] == "bytes"
+    photos = [Image.open(file).convert("RGB").resize((70, 50)) for file in sorted(table.parent.glob("test-*.png"))[:3]]
+    vectors = seen.run(["vectors"], {"image": np.stack([np.asarray(photo) for photo in photos])})[0]
+    assert np.allclose(vectors, bundle.embed_images(photos).numpy(), atol=1e-4)
+    texts = ["one then two", "a", "nine then nine, and more of them"]
+    ids, mask = bundle.model.text.tokens(texts)
+    words = heard.run(["vectors"], {"ids": ids.numpy(), "mask": mask.numpy()})[0]
+    assert np.allclose(words, bundle.embed_texts(texts).numpy(), atol=1e-4)
+    alone = bundle.embed_texts(["a"]).numpy()[0]
+    assert np.allclose(np.asarray(words)[1], alone, atol=1e-4), "what stands under the padding changed the vector"
+
+
+def test_what_export_refuses(bundle: ImageTextBundle, tmp_path: Path):
+    with pytest.raises(UsageError, match="--int8 is for classifiers of images alone"):
+        foveal.export(bundle.path, int8=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=r"no images given.*name others with --images"):
+        foveal.export(bundle.path, images=tmp_path / "empty")
+    assert not (bundle.path / "model.onnx").exists()
+    assert not (bundle.path / "text.onnx").exists()
+
+
 def test_without_labels_it_cannot_answer(bundle: ImageTextBundle, table: Path):
     with pytest.raises(UsageError, match="knows no classes of its own: say them"):
         foveal.predict(bundle.path, [table.parent])
@@ -130,6 +167,8 @@ def test_the_sentence_tower_travels_with_its_tokenizer(table: Path, backbone: st
     made = fit(table, backbone, tmp_path / "sentence", "clip:dim=8,epochs=1,batch_size=20,pretrained=0")
     assert (made.path / "tokenizer.json").exists()
     assert made.cost["parameters"]["trained"] == 8 * (384 + made.model.image.width) + 1
+    assert foveal.export(made.path)["max_abs_difference"] < 1e-4
+    assert {file.name for file in made.path.iterdir()} <= set(OWN), "foveal push would leave some of it behind"
     vectors = foveal.load(made.path).embed_texts(["a cat", "a dog"])
     assert torch.allclose(vectors.norm(dim=1), torch.ones(2), atol=1e-5)
     tokenizer = made.path / "tokenizer.json"

@@ -110,8 +110,8 @@ class CausalText(TextTower):
         x = self.token(ids) + self.position[: ids.shape[1]]
         for block in self.blocks:
             x = block(x)
-        end = ids.argmax(1)
-        return self.norm(x[torch.arange(len(x), device=x.device), end])
+        end = ids.argmax(1)[:, None, None].expand(-1, 1, self.width)
+        return self.norm(x.gather(1, end)[:, 0])
 
 
 def rebuild_text(described: Mapping[str, Any], tokenizer: str, *, most: int | None = None) -> TextTower:

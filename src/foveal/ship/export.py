@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,47 +86,108 @@ def export_onnx(
 def write_graph(
     model: Calibrated, preprocessing: Preprocessing, path: Path, classes: Sequence[str], threshold: float
 ) -> None:
+    about = {
+        "classes": json.dumps(list(classes), ensure_ascii=False),
+        "task": model.task,
+        "unknown_threshold": repr(float(threshold)),
+    }
+    write_behind_front(Answer(model, preprocessing), preprocessing, path, ["probabilities", "unknown_score"], about)
+
+
+def write_behind_front(
+    module: nn.Module,
+    preprocessing: Preprocessing,
+    path: Path,
+    names: Sequence[str],
+    about: Mapping[str, str],
+    *,
+    frames: int | None = None,
+) -> None:
+    """Write a graph that resizes and cuts photos as `foveal` does and gives the squares to a module.
+
+    It takes `image`, uint8 RGB [N, H, W, 3]; with `frames` T, `clips`, uint8 RGB [N, T, H, W, 3].
+
+    Args:
+        module: squares uint8 [N, 3, S, S] (with frames [N T, 3, S, S]) -> tensors [N, ...].
+        names: of what the module gives.
+        about: metadata; the preprocessing is added.
+
+    Raises:
+        FovealError: the module cannot be expressed in ONNX.
+    """
     import onnx
 
-    size = preprocessing.size
-    example = torch.arange(2 * 3 * size * size).remainder(251).to(torch.uint8).reshape(2, 3, size, size)
-    names = ["probabilities", "unknown_score"]
-    for module in model.modules():
-        if isinstance(module, Backbone):
-            _ = module.model  # a tracer wants the layers built
+    size, each = preprocessing.size, frames or 1
+    example = torch.arange(2 * each * 3 * size * size).remainder(251).to(torch.uint8).reshape(-1, 3, size, size)
+    dynamic = {"squares": {0: "N" if frames is None else "M"}, **{name: {0: "N"} for name in names}}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx.") as folder:
         inner = Path(folder) / "model.onnx"
-        try:
-            dynamic = {name: {0: "N"} for name in ("squares", *names)}
-            to_onnx(Answer(model, preprocessing).eval(), (example,), inner, ["squares"], names, dynamic)
-        except Exception as error:  # the exporter raises many kinds, most of them from inside a model's own code
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise FovealError(f"this model cannot be expressed in ONNX ({reason}): use the Bundle itself") from error
+        traced(module, (example,), inner, ["squares"], names, dynamic)
         body = onnx.load(inner)
-        pad_inside(body, example.numpy())
-        graph = onnx.compose.merge_models(front(preprocessing, body.ir_version, OPSET), body, [("squares", "squares")])
-    onnx.helper.set_model_props(
-        graph,
-        {
-            "classes": json.dumps(list(classes), ensure_ascii=False),
-            "task": model.task,
-            "unknown_threshold": repr(float(threshold)),
-            "preprocessing": json.dumps(preprocessing.to_dict()),
-        },
-    )
+        pad_inside(body, example.numpy(), each)
+        photos = front(preprocessing, body.ir_version, OPSET)
+        graph = onnx.compose.merge_models(photos, body, [("squares", "squares")])
+    if frames is not None:
+        take_clips(graph.graph, frames)
+    onnx.helper.set_model_props(graph, {**about, "preprocessing": json.dumps(preprocessing.to_dict())})
     graph.producer_name = "foveal"
     onnx.checker.check_model(graph)
     onnx.save(graph, path)
 
 
-def pad_inside(model: Any, squares: np.ndarray) -> None:
+def traced(
+    module: nn.Module,
+    example: Sequence[Tensor],
+    path: Path,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dynamic: Mapping[str, Mapping[int, str]],
+) -> None:
+    """`to_onnx`, in eval mode.
+
+    Raises:
+        FovealError: the module cannot be expressed in ONNX.
+    """
+    for each in module.modules():
+        if isinstance(each, Backbone):
+            _ = each.model  # a tracer wants the layers built
+    try:
+        to_onnx(module.eval(), example, path, inputs, outputs, dynamic)
+    except Exception as error:  # the exporter raises many kinds, most of them from inside a model's own code
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FovealError(f"this model cannot be expressed in ONNX ({reason}): use the Bundle itself") from error
+
+
+def take_clips(graph: Any, frames: int) -> None:
+    """Make a graph of `image` [M, H, W, 3] one of `clips` [N, frames, H, W, 3], in place."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    (image,) = (each for each in graph.input if each.name == "image")
+    graph.input.remove(image)
+    shape = ["N", frames, "H", "W", 3]
+    graph.input.append(helper.make_tensor_value_info("clips", TensorProto.UINT8, shape))
+    numbers = {"from": [2], "to": [5], "all": [-1]}
+    graph.initializer.extend(numpy_helper.from_array(np.array(v, np.int64), f"clips/{k}") for k, v in numbers.items())
+    made = [
+        helper.make_node("Shape", ["clips"], ["clips/shape"]),
+        helper.make_node("Slice", ["clips/shape", "clips/from", "clips/to"], ["clips/frame"]),
+        helper.make_node("Concat", ["clips/all", "clips/frame"], ["clips/frames"], axis=0),
+        helper.make_node("Reshape", ["clips", "clips/frames"], ["image"]),
+    ]
+    rest = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*made, *rest])
+
+
+def pad_inside(model: Any, squares: np.ndarray, each: int = 1) -> None:
     """Move padding by zeros into the convolutions that read it, in place.
 
     Backbones that pad to the size of the image leave nodes that compute by how much on every call, and a padding that
     keeps an engine from joining the layers around it. The size of a square is known, so that much is measured here.
 
     Args:
-        squares: two of them, uint8 [2, 3, S, S]; what differs between one and both is left in the graph.
+        squares: of two answers, uint8 [2 each, 3, S, S]; what differs between one and both is left in the graph.
+        each: squares that one answer is made of.
     """
     import onnxruntime
     from onnx import helper
@@ -143,7 +204,7 @@ def pad_inside(model: Any, squares: np.ndarray) -> None:
     asked = copy.deepcopy(model)
     asked.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
     session = onnxruntime.InferenceSession(asked.SerializeToString(), providers=["CPUExecutionProvider"])
-    one, both = (cast("list[np.ndarray]", session.run(names, {"squares": squares[:count]})) for count in (1, 2))
+    one, both = (cast("list[np.ndarray]", session.run(names, {"squares": squares[: count * each]})) for count in (1, 2))
     known = {name: a.ravel() for name, a, b in zip(names, one, both, strict=True) if np.array_equal(a, b)}
     for pad in pads:
         by, fill = known.get(pad.input[1]), known.get(pad.input[2]) if pad.input[2:] and pad.input[2] else np.zeros(1)
@@ -175,15 +236,22 @@ def convolutions(pad: Any, readers: Sequence[Any]) -> bool:
     return plain and not automatic and all(n.op_type == "Conv" and n.input[0] == pad.output[0] for n in readers)
 
 
+def reader(path: Path) -> Any:
+    """ONNX Runtime's session of a file, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
 def compare(
     model: Calibrated, preprocessing: Preprocessing, path: Path, images: Sequence[Image.Image]
 ) -> dict[str, Any]:
     """How far ONNX Runtime's answers are from torch's on real images."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = reader(path)
     gaps, score_gaps = np.zeros(len(images)), np.zeros(len(images))
     for place, image in enumerate(images):
         pixels = torch.from_numpy(to_pixels(image, preprocessing).copy())[None]

@@ -28,6 +28,8 @@ OWN: tuple[str, ...] = (
     "README.md",
     "model.onnx",
     "model.int8.onnx",
+    "tokenizer.json",
+    "text.onnx",
 )
 """The files of a Bundle: what is sent, and what is fetched. Anything else in a folder stays where it is."""
 HUB_ADDS = {".gitattributes", "README.md"}
@@ -98,7 +100,7 @@ def own_copy(path: str | Path, progress: Progress) -> Path:
     if not on_hub(path):
         return path
     cached = fetch(path)
-    made = open_bundle(cached)
+    made = open_bundle(cached, any_task=True)
     target = Path("runs") / split_name(path)[0].split("/")[1]
     if target.exists():
         if not (target / "bundle.json").is_file() or read_json(target / "bundle.json") != made.manifest:

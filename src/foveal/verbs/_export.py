@@ -21,9 +21,13 @@ from foveal.evaluate.exported import note_export
 from foveal.features.session import cpu_threads
 from foveal.ship.bundle import Bundle, load, load_classifier
 from foveal.ship.export import export_onnx
+from foveal.ship.export_tasks import export_clips, export_towers
 from foveal.ship.hub import own_copy
+from foveal.ship.image_text import ImageTextBundle
+from foveal.ship.landmarks import LandmarkBundle
 from foveal.ship.quantize import quantize
 from foveal.ship.variants import HeldOut, compare_variants, why_no_int8
+from foveal.ship.video import VideoBundle
 from foveal.verbs._prepare import manifest_data, prepare
 
 CHECKED = 16
@@ -32,14 +36,17 @@ HELD_OUT = 1000
 GARBAGE = 64
 
 
-def export_bundle(path: Path, images: Path | None, progress: Progress) -> dict[str, Any]:
+def export_bundle(path: Path, images: Path | None, progress: Progress, int8: bool = False) -> dict[str, Any]:
     """Write model.onnx into the Bundle and its parity into cost.json; on failure the Bundle is as it was.
 
     Raises:
-        UsageError: no images to check parity on.
+        UsageError: no images to check parity on, a Bundle of a task that is not exported, or int8 of other than a
+            classifier of images.
         FovealError: the exported model does not answer as the torch model.
     """
     bundle: Any = load(own_copy(path, progress))
+    if int8 and not isinstance(bundle, Bundle):
+        raise UsageError(f"{bundle.path} is for {bundle.manifest['task']}: --int8 is for classifiers of images alone")
     target = bundle.path / "model.onnx"
     with atomic_file(target) as staging:
         if isinstance(bundle, Bundle):
@@ -51,10 +58,17 @@ def export_bundle(path: Path, images: Path | None, progress: Progress) -> dict[s
                 classes=bundle.classes,
                 threshold=bundle.threshold,
             )
-        elif hasattr(bundle, "write_onnx"):
+        elif isinstance(bundle, VideoBundle):
+            record = export_clips(bundle, staging, images)
+        elif isinstance(bundle, ImageTextBundle):
+            record = export_towers(bundle, staging, images)
+        elif isinstance(bundle, LandmarkBundle):
             record = bundle.write_onnx(staging)
         else:
-            raise UsageError(f"Bundles for {bundle.manifest['task']} are not exported yet: use the Bundle itself")
+            raise UsageError(
+                f"{bundle.path} is for {bundle.manifest['task']}: expected a Bundle that classifies images or clips, "
+                "finds landmarks, or has towers for images and texts; this one answers through `foveal predict`"
+            )
     record["path"] = str(target)
     onnx = {key: value for key, value in record.items() if key != "path"}
     with atomic_file(bundle.path / "cost.json") as staging:
@@ -114,6 +128,7 @@ def labelled_images(bundle: Bundle, data: str | None, progress: Progress) -> tup
     """
     manifest = bundle.manifest
     if data is None:
+        check_whole(bundle)
         source = manifest["data"]["source"]
         try:
             prepared = prepare(source, manifest["request"]["backbone"], offline=True, progress=progress)
@@ -157,6 +172,18 @@ def labelled_images(bundle: Bundle, data: str | None, progress: Progress) -> tup
         held_out,
         f"{len(squares)} test images of {whose}",
     )
+
+
+def check_whole(bundle: Bundle) -> None:
+    """
+    Raises:
+        UsageError: a Bundle that was updated: its data are new classes alone, beside old ones that it kept.
+    """
+    if "memory" in bundle.manifest:
+        raise UsageError(
+            f"{bundle.path} was updated, so that no one data set holds its images: name labelled images of its "
+            f"classes ({', '.join(bundle.classes)}) with --data"
+        )
 
 
 def squares_of(bundle: Bundle, dataset: Dataset, rows: np.ndarray, most: int) -> tuple[list[np.ndarray], list[int]]:

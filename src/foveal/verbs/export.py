@@ -13,7 +13,9 @@ def export(
     bundle: Annotated[Path, "Bundle: folder made by `foveal fit`, or hub:owner/name."],
     *,
     to: Annotated[str, "Format: onnx."] = "onnx",
-    images: Annotated[Path | None, "Images to check parity on; default: the data the Bundle was fitted on."] = None,
+    images: Annotated[
+        Path | None, "Images or clips to check parity on; default: what it was fitted on."
+    ] = None,
     int8: Annotated[bool, "Try int8 and, with OpenVINO, bf16; keep the fastest within --max-drop."] = False,
     max_drop: Annotated[float, "Balanced accuracy that a faster variant may lose, 0 to 1."] = 0.01,
     require: Annotated[bool, "With --int8: an error when no int8 variant is accepted."] = False,
@@ -23,6 +25,9 @@ def export(
     progress: Progress | None = None,
 ) -> Result:
     """Write model.onnx into the Bundle: uint8 images in, calibrated probabilities out, parity checked.
+
+    Of a classifier of clips it takes clips, of landmarks squares; of an image-text Bundle it gives unit vectors, and
+    text.onnx beside it those of texts.
 
     With --int8 also model.int8.onnx, calibrated on training images, if it is faster than model.onnx in the same run
     and loses at most --max-drop on test images.
@@ -39,7 +44,7 @@ def export(
     if not int8 and (require or data):
         raise UsageError(f"{'--require' if require else '--data'} belongs to --int8: add --int8, or leave it out")
     progress = progress or Progress()
-    record = export_bundle(bundle, images, progress)
+    record = export_bundle(bundle, images, progress, int8)
     if int8:
         record |= shrink_export(Path(record["path"]).parent, data, max_drop, require, progress)
     return Result(record, text)
@@ -50,7 +55,7 @@ def text(made: dict[str, Any]) -> str:
 
     parity = (
         f"{made['path']}: largest difference of {made.get('compared', 'a probability')} from torch "
-        f"{made['max_abs_difference']:.1e} over {made['images']} images"
+        f"{made['max_abs_difference']:.1e} over {made['images']} {made.get('checked', 'images')}"
     )
     if "variants" not in made:
         return parity
