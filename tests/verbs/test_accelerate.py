@@ -1,5 +1,6 @@
 """`foveal shrink --method expedit`: a ViT that answers with fewer tokens, measured, and a Bundle like any other."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from safetensors.torch import save_file
 import foveal
 from foveal.core.errors import BackboneError, UsageError
 from foveal.evaluate.charts import frontier_chart
+from foveal.ship import beside
+from foveal.verbs import _shrunk
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +91,21 @@ def test_parallel_blocks_are_tuned_on_the_bundles_own_images(vit: Path, photos: 
     assert len(bundle.model.classifier.backbone.blocks) == 3
     (row,) = bundle.predict([photos / "red" / "00.jpg"])
     assert 0 < row["probability"] <= 1
+
+
+@pytest.mark.parametrize("chain", [["powerquant:bits=6", "expedit:after=1"], ["expedit:after=1", "powerquant:bits=6"]])
+def test_few_tokens_and_few_bits_in_either_order(
+    chain: list[str], vit: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_shrunk, "timed_beside", partial(beside.timed_beside, seconds=0.02))
+    made = foveal.shrink(
+        vit, method="+".join(chain), target="macs=0.8", out=tmp_path / "both", max_drop=1.0, offline=True
+    )
+    before, after = made["sides"]["before"], made["sides"]["after"]
+    assert after["macs"] <= 0.8 * before["macs"]
+    assert after["bytes"] < 0.5 * before["bytes"]
+    bundle = foveal.load(tmp_path / "both")
+    assert [step["name"] for step in bundle.manifest["steps"]] == [each.partition(":")[0] for each in chain]
+    assert bundle.model.classifier.backbone.token_hook is not None
+    assert bundle.codes
+    assert foveal.export(tmp_path / "both", images=photos / "red")["max_abs_difference"] < 1e-4

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from foveal.cli.main import main
 from foveal.core.errors import BundleError, DataError, UsageError
 from foveal.data.images import to_pixels
 from foveal.data.memory import read_exemplars
+from foveal.ship import beside
+from foveal.verbs import _shrunk
 
 LIGHT = "dytox:epochs=20,balance=5,width=32,lr=0.003,batch_size=8"
 
@@ -129,6 +132,25 @@ def test_it_is_a_bundle_like_any_other(updated: foveal.Bundle, new_data: Path, o
     onnx = foveal.export(updated.path)
     assert onnx is not None
     assert (updated.path / "model.onnx").is_file()
+
+
+def test_it_is_shrunk_on_images_of_all_its_classes(
+    updated: foveal.Bundle, photos: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(_shrunk, "timed_beside", partial(beside.timed_beside, seconds=0.02))
+    with pytest.raises(UsageError, match="was updated, so that no one data set holds its images: name labelled images"):
+        foveal.shrink(updated.path, method="powerquant", out=place / "x")
+    made = foveal.shrink(
+        updated.path, method="powerquant:bits=8", data=str(photos), out=place / "small", max_drop=1.0, offline=True
+    )
+    assert made["sides"]["after"]["bytes"] < made["sides"]["before"]["bytes"]
+    small = foveal.load(place / "small")
+    assert [step["name"] for step in small.manifest["steps"]] == ["dytox", "powerquant"]
+    assert small.classes == updated.classes
+    assert small.manifest["parent"] == updated.fingerprint
+    before, after = ([row["top"][0][0] for row in each.predict(photos)] for each in (updated, small))
+    assert np.mean([one == other for one, other in zip(before, after, strict=True)]) > 0.9
+    assert foveal.export(place / "small", images=photos / "red")["max_abs_difference"] < 1e-4
 
 
 def test_the_memory_is_within_budget_and_comes_with_the_bundle(updated: foveal.Bundle, twice: foveal.Bundle):

@@ -36,7 +36,7 @@ from foveal.ship.variants import HeldOut
 from foveal.train.classify import predict_logits
 from foveal.train.tuning import TrainingImages
 from foveal.verbs._adapt import Adapted, Known
-from foveal.verbs._export import CALIBRATING, HELD_OUT, squares_of
+from foveal.verbs._export import CALIBRATING, HELD_OUT, check_whole, squares_of
 from foveal.verbs._frontier import frontier
 from foveal.verbs._prepare import Prepared, manifest_data, prepare
 from foveal.verbs._write import finished, write_bundle
@@ -191,6 +191,8 @@ def images_for(
         UsageError: the Bundle's data are gone or have changed, or the data given do not fit it.
     """
     manifest = bundle.manifest
+    if data is None:
+        check_whole(bundle)
     source = manifest["data"]["source"] if data is None else data
     try:
         prepared = prepare(
