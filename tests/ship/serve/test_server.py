@@ -219,6 +219,21 @@ def test_several_processes_share_the_work_and_the_metrics(small: Path, good: lis
         assert server.stop() == 0
 
 
+def test_workers_of_a_killed_server_stop(small: Path, good: list[Path]):
+    with serving(small, "--no-page", "--workers", 2, "--threads", 1) as server:
+        assert send(server, good).status_code == 200
+        workers = [each for each in children(server.process.pid) if b"spawn_main" in command(each)]
+        assert len(workers) == 2
+        os.kill(server.process.pid, signal.SIGKILL)
+        assert server.process.wait(30) == -signal.SIGKILL
+        end = time.monotonic() + 30
+        while any(command(each) for each in workers) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not any(command(each) for each in workers)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/health/live")
+
+
 def command(process: int) -> bytes:
     try:
         return Path(f"/proc/{process}/cmdline").read_bytes()

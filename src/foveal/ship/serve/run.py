@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,10 +14,13 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foveal.core.errors import MissingExtra, UsageError
 from foveal.ship.serve.limits import CONNECTIONS, Settings
+
+if TYPE_CHECKING:
+    from foveal.ship.serve.guard import Guard
 
 IDLE_SECONDS = 30
 """For which a connection is kept open between two requests."""
@@ -60,7 +64,7 @@ def run(settings: Settings, listener: socket.socket, workers: int) -> None:
 
     limits = settings.limits
     config = uvicorn.Config(
-        partial(build, settings),
+        partial(build if workers == 1 else build_worker, settings),
         factory=True,
         http=Protocol,
         ws="none",
@@ -81,6 +85,22 @@ def run(settings: Settings, listener: socket.socket, workers: int) -> None:
         else:
             open_runtime(settings.bundle)  # what cannot be opened is said here once, and not by every process
             Multiprocess(config, [listener]).run()
+
+
+def build_worker(settings: Settings) -> Guard:
+    """The application of one of several processes, which stops as if told to once the one that started it is gone."""
+    from foveal.ship.serve.app import build
+
+    threading.Thread(target=stop_as_orphan, name="foveal-orphan", daemon=True).start()
+    return build(settings)
+
+
+def stop_as_orphan() -> None:
+    """Wait for the end of the parent process, which may be killed and tell nobody; then finish and stop."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager
