@@ -246,6 +246,8 @@ def architectures_index() -> str:
     columns = ["architecture", "title", "variants", "family", "onnx", "compile", "expectations held"]
     about = (
         "Backbones of papers that timm lacks. Every timm model is a backbone too; `foveal backbones` lists all. "
+        "None has pretrained weights that come with foveal but `vit-hybrid-foveal`: `foveal fit DATA --backbone NAME "
+        "--scratch` trains one from random weights. "
         "onnx, compile: what the contract battery found on a small one."
     )
     return f"# Architectures\n\n{about}\n\n{table(rows, columns)}\n"

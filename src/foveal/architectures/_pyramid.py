@@ -192,8 +192,8 @@ def refuse_pretrained(variant: str, pretrained: bool, given: Mapping[str, Any]) 
     """
     if pretrained and not (given.get("pretrained_cfg") or given.get("pretrained_cfg_overlay")):
         raise BackboneError(
-            f"{variant} with pretrained=True: no weights are published for it; use pretrained=False, or load a file of "
-            f"your own as {variant}@FILE.safetensors"
+            f"{variant} with pretrained=True: no weights are published for it; use pretrained=False (foveal fit "
+            f"--scratch), or load a file of your own as {variant}@FILE.safetensors"
         )
 
 

@@ -20,10 +20,9 @@ before it changed; the last column is the paper's top-1 on ImageNet-1k.
     14  2x2 convolutions with norms between stages, norm before head    82.0
     15  layer scale, and biases in every convolution: ConvNeXt-T        82.1
 
-It answers which of these steps pays on images of your own: train two neighbours from nothing and compare. With
-`safetensors.torch.save_file(convnext_step(8).state_dict(), "start.safetensors")` step 8 is ready for `foveal fit DATA
---method full --backbone convnext_step_08@start.safetensors`. Steps 14 and 15 are timm's ConvNeXt, 15 with the state
-dict of `convnext_tiny`. Steps 0 and 1 are one net; the recipe is the loop's.
+It answers which of these steps pays on images of your own: train two neighbours from nothing (`foveal fit DATA
+--backbone convnext_step_08 --scratch`) and compare. Steps 14 and 15 are timm's ConvNeXt, 15 with the state dict of
+`convnext_tiny`. Steps 0 and 1 are one net; the recipe is the loop's.
 `layer_ids` groups parameters for learning rates that decay towards the stem (0.8 a group in the paper).
 
 Departures: the paper prints neither code nor every detail of the steps between. Operations settle most of them (all

@@ -361,7 +361,7 @@ def load_backbone(name: str, *, pretrained: bool = True, offline: bool = False, 
     Args:
         name: any timm name (`foveal backbones`), `vit`, `ARCH@weights.safetensors`, the path of a .safetensors file
             whose metadata has an `architecture`, or a folder that `foveal pretrain` made.
-        pretrained: False gives random weights (from torch's global generator).
+        pretrained: False gives random weights (from torch's global generator), also where a file is named.
         offline: open no network connection.
         size: image side in pixels, if not the architecture's own.
 
@@ -373,7 +373,7 @@ def load_backbone(name: str, *, pretrained: bool = True, offline: bool = False, 
         return from_folder(name, folder, size, pretrained)
     name = ALIASES.get(name, name)
     arch, file = locate(name)
-    if file is None and not pretrained:
+    if not pretrained:
         plan = make_plan(name, arch, size, "random")
         return Backbone(plan, build(plan))
     stored = stored_path(name, size)
@@ -392,7 +392,8 @@ def from_folder(name: str, folder: Path, size: int | None, pretrained: bool = Tr
     """What `foveal pretrain` left in a folder, at the image size it was pretrained with unless another is given."""
     described, tensors = weights.read_folder(folder)
     stored = Preprocessing.from_dict(described["preprocessing"])
-    plan = make_plan(name, described["arch"], size or stored.size, str(folder.absolute()))
+    origin = str(folder.absolute()) if pretrained else "random"
+    plan = make_plan(name, described["arch"], size or stored.size, origin)
     plan = replace(plan, preprocessing=replace(stored, size=plan.preprocessing.size))
     return Backbone(plan, build(plan, tensors if pretrained else None))
 
@@ -565,7 +566,9 @@ def from_name(
             tensors["pos_embed"] = on_grid(tensors["pos_embed"], expected["pos_embed"].shape[1])
         return build(plan, {key: tensors[key] for key in expected}), file, plan
     if not config.hf_hub_id:
-        raise BackboneError(f"timm has no pretrained weights for {arch}: choose another, or ARCH@file.safetensors")
+        raise BackboneError(
+            f"timm has no pretrained weights for {arch}: choose another, ARCH@file.safetensors, or --scratch"
+        )
     filenames = (config.hf_hub_filename,) if config.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
     file = weights.hub_file(arch, config.hf_hub_id, filenames, offline=offline)
     plan = make_plan(name, arch, size, f"hub:{config.hf_hub_id}")

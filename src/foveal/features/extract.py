@@ -123,7 +123,9 @@ class Chunk:
 class Worker:
     """Bytes -> hash -> what the stores lack. Shared by all threads of one extraction."""
 
-    def __init__(self, dataset: Dataset, backbone: Backbone, device: str, features: RowStore, scans: RowStore) -> None:
+    def __init__(
+        self, dataset: Dataset, backbone: Backbone, device: str, features: RowStore | None, scans: RowStore
+    ) -> None:
         self.dataset, self.backbone, self.device = dataset, backbone, device
         self.features, self.scans = features, scans
         self.session: Session | None = None
@@ -141,8 +143,8 @@ class Worker:
                 content = b""
             contents.append(content)
             chunk.keys.append(hashlib.sha256(content).digest()[:KEY])
-        lacks_features = ~self.features.get(chunk.keys)[0]
         lacks_scan = ~self.scans.get(chunk.keys)[0]
+        lacks_features = np.zeros_like(lacks_scan) if self.features is None else ~self.features.get(chunk.keys)[0]
         pixels: list[NDArray[np.uint8]] = []
         for place in np.flatnonzero(lacks_features | lacks_scan):
             index, key = indices[place], chunk.keys[place]
@@ -197,6 +199,7 @@ def extract(
     backbone: Backbone,
     *,
     device: str = "auto",
+    featured: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Extraction:
     """Features and scan of every image of a dataset, from the cache or computed now and kept.
@@ -206,6 +209,7 @@ def extract(
 
     Args:
         device: 'auto', 'cpu' or 'cuda'.
+        featured: False leaves out the features; they are NaN.
         progress: called with (images done, images).
 
     Raises:
@@ -214,7 +218,7 @@ def extract(
     root, n = cache_root(), len(dataset)
     features = RowStore(root / "features" / backbone.fingerprint(), np.float32, (backbone.width,))
     scans = RowStore(root / "scan" / str(SCAN_VERSION), SCAN)
-    worker = Worker(dataset, backbone, device, features, scans)
+    worker = Worker(dataset, backbone, device, features if featured else None, scans)
     keys = np.zeros((n, KEY), np.uint8)
     errors: dict[int, str] = {}
     pending: list[Chunk] = []

@@ -44,7 +44,7 @@ def find(prepared: Prepared, probabilities: np.ndarray | None) -> dict[str, list
         prepared.dataset,
         prepared.extraction.scan,
         prepared.groups,
-        X=prepared.extraction.X,
+        X=prepared.features,
         probabilities=probabilities,
         splits=prepared.dataset.splits,
     )

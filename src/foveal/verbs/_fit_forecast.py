@@ -36,6 +36,8 @@ def fit(order: Order) -> Any:
     chosen = order.chosen(Motion, "forecasts no motion")
     if order.backbone != DEFAULT_BACKBONE:
         raise UsageError(f"--backbone {order.backbone}: {chosen.name} has an encoder of its own; leave --backbone out")
+    if order.scratch:
+        raise UsageError(f"--scratch: {chosen.name} always starts from random weights; leave --scratch out")
     if order.finished():
         return load(order.out)
     tracks, window = open_tracks(order.data), chosen.window()

@@ -27,6 +27,7 @@ from foveal.train.feed import Feed
 from foveal.train.loop import train
 from foveal.verbs._adapt import report_event
 from foveal.verbs._prepare import source_of
+from foveal.verbs._scratch import learnable, must_learn, random_backbone
 from foveal.verbs._write import finished
 from foveal.verbs.fit import ROOMS
 from foveal.verbs.reproduce import versions
@@ -47,15 +48,19 @@ class Order:
     budget: float | None
     device: str
     offline: bool
+    scratch: bool
     progress: Progress
     start: float = field(default_factory=time.perf_counter)
     _lock: IO[bytes] | None = None
+    _learnable: list[nn.Parameter] = field(default_factory=list[nn.Parameter])
 
     @cached_property
     def request(self) -> dict[str, Any]:
         """What must be equal for two commands to be the same."""
         asked = {"data": str(self.data), "task": self.task, "method": self.method}
-        return {**asked, **({} if self.task == "forecast" else {"backbone": self.backbone}), "seed": self.seed}
+        if self.task != "forecast":
+            asked["backbone"] = self.backbone
+        return {**asked, "seed": self.seed, **({"scratch": True} if self.scratch else {})}
 
     @property
     def work(self) -> Path:
@@ -88,7 +93,11 @@ class Order:
         return method
 
     def load_backbone(self) -> Backbone:
-        return load_backbone(self.backbone, offline=self.offline)
+        if not self.scratch:
+            return load_backbone(self.backbone, offline=self.offline)
+        made = random_backbone(self.backbone, self.seed)
+        self._learnable = learnable(made)
+        return made
 
     def tell_set_aside(self, set_aside: Sequence[tuple[str, str]], what: str) -> None:
         if set_aside:
@@ -108,7 +117,11 @@ class Order:
 
         Args:
             main: of several processes one claims the folder.
+
+        Raises:
+            UsageError: the method left random weights frozen.
         """
+        must_learn(method, self._learnable)
         if main:
             self._lock = claim(self.work)
             write_json(self.work / "request.json", self.request)

@@ -16,7 +16,7 @@ from foveal.data.checks import near_duplicate_groups
 from foveal.data.dataset import Dataset
 from foveal.data.open import open_dataset
 from foveal.data.split import enough, make_split
-from foveal.features.extract import Extraction, extract
+from foveal.features.extract import Extraction, Rows, extract
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class Prepared:
     """What the user called the data; a path is made absolute."""
     timed: dict[str, float] = field(default_factory=dict)
     """Seconds that the backbone's session took for a batch, once measured, by device."""
+    featured: bool = True
+
+    @property
+    def features(self) -> Rows | None:
+        """Of the images by the frozen backbone [n, D]; None where they say nothing."""
+        return self.extraction.X if self.featured else None
 
     @cached_property
     def has_test(self) -> bool:
@@ -86,12 +92,14 @@ def prepare(
     offline: bool = False,
     device: str = "auto",
     split: bool = False,
+    featured: bool = True,
     progress: Progress | None = None,
 ) -> Prepared:
     """Open DATA, load the backbone and read every image once; images that cannot be decoded are set aside.
 
     Args:
         split: the data will be split; too few images of a class are then said before any is read.
+        featured: False for a backbone whose features say nothing yet; copies are then told by hashes alone.
 
     Raises:
         DataError: nothing usable in DATA.
@@ -102,8 +110,9 @@ def prepare(
         enough(dataset.labels, np.arange(len(dataset)), dataset.classes)
     loaded = backbone if isinstance(backbone, Backbone) else load_backbone(backbone, offline=offline)
     extraction = extract(
-        dataset, loaded, device=device, progress=lambda done, total: progress.update("reading images", done, total)
-    )
+        dataset, loaded, device=device, featured=featured,
+        progress=lambda done, total: progress.update("reading images", done, total),
+    )  # fmt: skip
     if extraction.errors:
         if len(extraction.errors) == len(dataset):
             first = next(iter(extraction.errors.items()))
@@ -118,8 +127,8 @@ def prepare(
         progress.say(
             f"{len(dataset.set_aside)} images set aside (first: {name}: {reason}); all are named in the report"
         )
-    groups = near_duplicate_groups(extraction.scan["phash"], extraction.X)
-    return Prepared(dataset, loaded, extraction, groups, source_of(data))
+    groups = near_duplicate_groups(extraction.scan["phash"], extraction.X if featured else None)
+    return Prepared(dataset, loaded, extraction, groups, source_of(data), featured=featured)
 
 
 def comes_split(dataset: Dataset) -> bool:

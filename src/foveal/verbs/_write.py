@@ -34,7 +34,9 @@ from foveal.verbs.reproduce import versions
 MISTAKES = 12
 
 
-def request_of(data: Any, method: str, backbone: str, seed: int, class_weights: str) -> dict[str, Any]:
+def request_of(
+    data: Any, method: str, backbone: str, seed: int, class_weights: str, scratch: bool = False
+) -> dict[str, Any]:
     """What must be equal for two `fit` commands to be the same."""
     name = data if isinstance(data, str | Path) else data.name
     return {
@@ -43,6 +45,7 @@ def request_of(data: Any, method: str, backbone: str, seed: int, class_weights: 
         "backbone": backbone,
         "seed": seed,
         "class_weights": class_weights,
+        **({"scratch": True} if scratch else {}),
     }
 
 
@@ -59,7 +62,7 @@ def finished(out: Path, request: dict[str, Any]) -> bool:
     except (BundleError, KeyError) as error:
         raise UsageError(f"--out {out} exists and is not overwritten ({error}): choose another --out") from None
     if held != request:
-        differs = ", ".join(f"{key} {held.get(key)}" for key in request if held.get(key) != request[key])
+        differs = ", ".join(f"{key} {held.get(key)}" for key in request | held if held.get(key) != request.get(key))
         raise UsageError(f"--out {out} holds the Bundle of another command ({differs}): choose another --out")
     return True
 

@@ -40,8 +40,11 @@ def fit(
     data: DataArgument,
     *,
     task: Annotated[str | None, f"{', '.join(OTHER_TASKS)}; default: what the method does, else classify."] = None,
-    method: Annotated[str, "NAME or NAME:key=value,...; auto races the frozen-feature methods."] = "auto",
+    method: Annotated[
+        str, "NAME or NAME:key=value,...; auto races the frozen-feature methods, with --scratch it is full."
+    ] = "auto",
     backbone: BackboneOption = DEFAULT_BACKBONE,
+    scratch: Annotated[bool, "Start the backbone from random weights; no pretrained ones are looked for."] = False,
     out: Annotated[Path | None, "Folder of the Bundle; default runs/DATA-METHOD."] = None,
     seed: SeedOption = 0,
     budget: BudgetOption = None,
@@ -52,6 +55,8 @@ def fit(
 ) -> Any:
     """Adapt a pretrained backbone to labelled images and write a Bundle: model, calibration, metrics, report.
 
+    With --scratch the backbone starts from random weights, drawn by --seed, as for an architecture that has no
+    pretrained ones: every parameter is trained, which takes many images and epochs (--method full:epochs=100).
     Stopped or killed, the same command with the same --out goes on where it was. Under torchrun or accelerate launch
     the processes train together and the first writes.
 
@@ -64,6 +69,7 @@ def fit(
     from foveal.verbs._adapt import FrozenRows, adapt, check_suits, choose
     from foveal.verbs._prepare import check_choices, parse_budget, prepare
     from foveal.verbs._race import race
+    from foveal.verbs._scratch import must_suit, random_backbone
     from foveal.verbs._write import finished, request_of, write_bundle
 
     progress = progress or Progress()
@@ -77,11 +83,13 @@ def fit(
 
         name = the_method_of(other) if method == "auto" else method
         out = Path(out) if out else default_out(data, name)
-        order = Order(data, other, name, backbone, out, seed, seconds, device, offline, progress, start)
+        order = Order(data, other, name, backbone, out, seed, seconds, device, offline, scratch, progress, start)
         return import_module(f"foveal.verbs._fit_{other.replace('-', '_')}").fit(order)
+    if scratch and method == "auto":
+        method = "full"
     chosen = None if method == "auto" else choose(method)
     out = Path(out) if out else default_out(data, method)
-    request = request_of(data, method, backbone, seed, class_weights)
+    request = request_of(data, method, backbone, seed, class_weights, scratch)
     team = Team(device)
     if team.agree(lambda: finished(out, request)):
         progress.say(f"{out} already holds the Bundle of this very command")
@@ -91,8 +99,14 @@ def fit(
         team.wait()
         return load(out)
 
+    source: Any = backbone
+    if scratch and chosen is not None:
+        source = random_backbone(backbone, seed)
+        must_suit(chosen, source)
     with team.main_first() if not frozen else nullcontext():
-        prepared = prepare(data, backbone, offline=offline, device=device, split=True, progress=progress)
+        prepared = prepare(
+            data, source, offline=offline, device=device, split=True, featured=not scratch, progress=progress
+        )
     chosen = check_suits(chosen, prepared) if chosen else None
     splits = prepared.splits(seed)
     rows = FrozenRows(prepared, splits, seed, class_weights) if frozen else None
