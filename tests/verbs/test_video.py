@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def test_the_bundle(bundle, data: Path):
     assert len(bundle.metrics["history"]) == 2
     assert bundle.cost["frames"] == 4
     page = (bundle.path / "report.html").read_text()
+    assert "test_resnet@small.safetensors" in page
+    assert str(data.parent.parent) not in page, "the page says where on this machine things lie"
     assert page.count("data:image/jpeg") >= bundle.metrics["n"]
     assert "frames in any order" in page
     card = (bundle.path / "README.md").read_text()
@@ -114,6 +117,28 @@ def test_predict_answers_as_the_model_does(bundle, data: Path):
         probabilities, _ = opened.model(shown)
     assert dict(rows[0]["top"])["left"] == pytest.approx(float(probabilities[0, 0]), abs=1e-5)
     assert len(opened.predict(data)) == 19
+
+
+def test_exported_it_takes_whole_frames(bundle, data: Path, tmp_path: Path):
+    import onnxruntime
+
+    shutil.copytree(bundle.path, tmp_path / "copy")
+    record = foveal.export(tmp_path / "copy").to_dict()
+    assert record["max_abs_difference"] < 1e-4
+    assert (record["images"], record["checked"]) == (8, "clips")
+    session = onnxruntime.InferenceSession(record["path"], providers=["CPUExecutionProvider"])
+    told = session.get_modelmeta().custom_metadata_map
+    assert (json.loads(told["classes"]), told["frames"], told["task"]) == (["left", "right"], "4", "video")
+    names = [data / "left" / "clip0", data / "right" / "clip3", data / "right" / "clip5"]
+    clips = np.stack([[np.asarray(Image.open(name / f"{at}.png")) for at in segments(7, 4)] for name in names])
+    probabilities, scores = session.run(["probabilities", "unknown_score"], {"clips": clips})
+    threshold = float(told["unknown_threshold"])
+    for row, said, score in zip(bundle.predict(names), np.asarray(probabilities), np.asarray(scores), strict=True):
+        assert dict(row["top"])["left"] == pytest.approx(float(said[0]), abs=1e-4)
+        assert row["unknown"] == (float(score) > threshold)
+    with pytest.raises(UsageError, match=r"none.mp4.*name others with --images"):
+        foveal.export(tmp_path / "copy", images=data / "none.mp4")
+    assert (tmp_path / "copy" / "model.onnx").is_file(), "a refused export took the one before it away"
 
 
 def test_the_command_line(bundle, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
@@ -160,8 +185,6 @@ def test_bad_input(bundle, data: Path, weights: str, photos: Path, tmp_path: Pat
 
 
 def test_an_edited_bundle_is_refused(bundle, data: Path, tmp_path: Path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(bundle.path, copy)
     manifest = json.loads((copy / "bundle.json").read_text())

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -46,8 +47,8 @@ FRESH = 2.0
 
 def shift(x: Float[Tensor, "B T *rest"], later: bool) -> Float[Tensor, "B T *rest"]:
     """Each frame's values from the next frame (`later`) or from the one before; zeros where there is none."""
-    none = torch.zeros_like(x[:, :1])
-    return torch.cat([x[:, 1:], none] if later else [none, x[:, :-1]], 1)
+    rest = [0, 0] * (x.ndim - 2)
+    return F.pad(x[:, 1:], [*rest, 0, 1]) if later else F.pad(x[:, :-1], [*rest, 1, 0])
 
 
 def shuffle(x: Float[Tensor, "B T C H W"]) -> Float[Tensor, "B T C H W"]:
