@@ -67,8 +67,11 @@ def test_similarities_are_cosines_of_features(library: Path, photos: Path, weigh
     assert [hit["id"] for hit in hits] == [dataset.ids[row] for row in expected]
 
 
-def test_the_page_shows_neighbours(library: Path):
+def test_the_page_shows_neighbours(library: Path, photos: Path, weights: str):
     page = (library / "index.html").read_text()
+    assert "test_resnet@w.safetensors" in page
+    assert str(photos.parent) not in page, "the page says where on this machine things lie"
+    assert str(Path(weights.partition("@")[2]).parent) not in page
     assert "A library of 48 images" in page
     assert page.count("data:image/jpeg") == 6 * 6
     assert "MAP@R" in page

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from foveal.evaluate.page import count, duration, fixed, percent, write_page
+from foveal.evaluate.page import count, duration, fixed, percent, without_place, write_page
 
 Shot = tuple[str, str, str | None, str]
 """Picture in base64, name, label, what to say of it."""
@@ -51,7 +51,7 @@ def write_indexed(
         "sheets": sheets,
         "measured": [(name, write(found[key])) for key, (name, write) in MEASURED.items()] if found else [],
         "provenance": [
-            ("sources", ", ".join(sources)),
+            ("sources", ", ".join(map(without_place, sources))),
             ("set aside", count(len(content["set_aside"]))),
             ("added now", count(content["added"])),
             ("time", duration(content["seconds"])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -38,7 +39,17 @@ def environment() -> Environment:
     )
 
 
+PLACE = re.compile(r"(?<![\w.:/])~?/(?:[^/\s;,]+/)+(?=[^/\s;,])")
+
+
+def without_place(text: str) -> str:
+    """Text whose absolute paths are cut to their last part: whoever is shown a page need not know where things lie."""
+    return PLACE.sub("", text)
+
+
 def write_page(path: str | Path, template: str, page: Mapping[str, Any]) -> None:
+    heads = {key: without_place(page[key]) for key in ("title", "subtitle") if type(page.get(key)) is str}
+    page = {**page, **heads}
     text = environment().get_template(template).render(version=version("foveal"), **page)
     Path(path).write_bytes(text.encode("utf-8", "backslashreplace"))
 
@@ -75,7 +86,7 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 def named(content: Mapping[str, Any]) -> str:
     """size 224, mean 0.5, 0.5, 0.5: what has a value, in one line."""
-    return "; ".join(f"{name} {text}" for name, text in flatten(content) if text not in ("–", ""))
+    return without_place("; ".join(f"{name} {text}" for name, text in flatten(content) if text not in ("–", "")))
 
 
 def method_text(method: Mapping[str, Any]) -> str:
@@ -87,7 +98,7 @@ def method_text(method: Mapping[str, Any]) -> str:
 def backbone_text(backbone: Mapping[str, Any]) -> str:
     """Name, the architecture where that is another, and where the weights come from."""
     architecture = f" ({backbone['arch']})" if backbone.get("arch", backbone["name"]) != backbone["name"] else ""
-    return f"{backbone['name']}{architecture}, weights: {backbone.get('origin', 'unknown')}"
+    return without_place(f"{backbone['name']}{architecture}, weights: {backbone.get('origin', 'unknown')}")
 
 
 def split_sizes(data: Mapping[str, Any]) -> str:
