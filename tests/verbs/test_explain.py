@@ -42,6 +42,7 @@ def test_every_image_gets_a_picture_an_array_and_a_row(bundle: Path, photos: Pat
         assert 0 <= row["scores"]["map"]["deletion"] <= 1
         assert {"image", "unknown", "target_probability", "notes", "seconds"} <= row.keys()
     page = (out / "index.html").read_text(encoding="utf-8")
+    assert str(photos.parent) not in page, "the page says where on this machine things lie"
     assert all(row["map"] in page for row in rows)
     assert "cells at random" in page
     assert f"{rows[0]['scores']['map']['deletion']:.3f}" in page

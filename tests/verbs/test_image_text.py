@@ -122,11 +122,11 @@ def test_both_towers_as_onnx_are_the_bundle(bundle: ImageTextBundle, table: Path
     assert heard.get_modelmeta().custom_metadata_map["tokenizer"] == "bytes"
     photos = [Image.open(file).convert("RGB").resize((70, 50)) for file in sorted(table.parent.glob("test-*.png"))[:3]]
     vectors = seen.run(["vectors"], {"image": np.stack([np.asarray(photo) for photo in photos])})[0]
-    assert np.allclose(vectors, bundle.embed_images(photos).numpy(), atol=1e-4)
+    assert np.allclose(np.asarray(vectors), bundle.embed_images(photos).numpy(), atol=1e-4)
     texts = ["one then two", "a", "nine then nine, and more of them"]
     ids, mask = bundle.model.text.tokens(texts)
     words = heard.run(["vectors"], {"ids": ids.numpy(), "mask": mask.numpy()})[0]
-    assert np.allclose(words, bundle.embed_texts(texts).numpy(), atol=1e-4)
+    assert np.allclose(np.asarray(words), bundle.embed_texts(texts).numpy(), atol=1e-4)
     alone = bundle.embed_texts(["a"]).numpy()[0]
     assert np.allclose(np.asarray(words)[1], alone, atol=1e-4), "what stands under the padding changed the vector"
 

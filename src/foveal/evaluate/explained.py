@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from foveal.evaluate.page import count, duration, fixed, percent, write_page
+from foveal.evaluate.page import count, duration, fixed, percent, without_place, write_page
 
 THUMBNAIL = 480
 NAMES = {"map": "this map", "random": "cells at random", "centre": "from the centre", "channel-norm": "channel norm"}
@@ -55,7 +55,7 @@ def write_explained(
         "subtitle": f"{context['method']} on {context['bundle']}: where in each image the answer comes from.",
         "verdict": verdict,
         "rows": [shown(row, small) for row, small in zip(rows, thumbnails, strict=True)],
-        "provenance": [(key, str(value)) for key, value in context.items()]
+        "provenance": [(key, without_place(str(value))) for key, value in context.items()]
         + [("time", duration(sum(row["seconds"] for row in rows)))],
     }
     write_page(path, "explain.html.j2", page)
@@ -63,13 +63,13 @@ def write_explained(
 
 def shown(row: Mapping[str, Any], small: str) -> dict[str, Any]:
     if "error" in row:
-        return {"name": row["image"], "error": row["error"]}
+        return {"name": without_place(row["image"]), "error": row["error"]}
     answer = f"{row['label'] or '(no label)'}, {percent(row['probability'])}"
     if row["unknown"]:
         answer = f"unknown: it resembles no training image (nearest: {answer}); the map explains an answer not given"
     scores = row["scores"] or {}
     return {
-        "name": row["image"],
+        "name": without_place(row["image"]),
         "error": None,
         "answer": answer,
         "target": row["target"],
