@@ -14,7 +14,9 @@ def explain(
     bundle: Annotated[Path, "Bundle folder made by `foveal fit`."],
     images: Annotated[list[Path], "Image files, or folders of images."],
     *,
-    method: Annotated[str, "NAME or NAME:key=value,... of an explain method."] = "sobol-attribution",
+    method: Annotated[str, "NAME or NAME:key=value,... of an explain method."] = (
+        "sobol-attribution:index=effect,grid=6,points=8"
+    ),
     out: Annotated[Path | None, "Folder of the maps; default runs/BUNDLE-METHOD."] = None,
     target: Annotated[str | None, "Class to explain; default: the most probable one of each image."] = None,
     score: Annotated[bool, "Measure each map by deletion and insertion, beside maps that know nothing."] = True,

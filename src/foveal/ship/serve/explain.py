@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from foveal.backbones.wrapper import OpenModel
     from foveal.core.method import Explain
 
-DEFAULT = "sobol-attribution:grid=6,points=16"
-"""592 runs of the model."""
+DEFAULT = "sobol-attribution:index=effect,grid=6,points=8"
+"""296 runs of the model."""
 PASSES = 4096
 """Runs of the model for one map, at most."""
 WAITING = 8
