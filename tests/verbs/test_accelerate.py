@@ -68,7 +68,7 @@ def test_it_is_a_bundle_like_any_other(faster: Path, vit: Path, photos: Path):
 
 
 def test_refusals(vit: Path, faster: Path, colours: foveal.Bundle, tmp_path: Path):
-    with pytest.raises(BackboneError, match="use a plain ViT such as vit_small_patch16_224"):
+    with pytest.raises(BackboneError, match="use a plain ViT such as vit, which comes with foveal"):
         foveal.shrink(colours.path, method="expedit", out=tmp_path / "x", offline=True)
     with pytest.raises(BackboneError, match="already changed on their way: expedit comes first"):
         foveal.shrink(faster, method="expedit", out=tmp_path / "x", offline=True)

@@ -151,7 +151,7 @@ class Backbone(nn.Module):
         if quirk.embed is None:
             raise BackboneError(
                 f"{self.arch} ({quirk.family}) has no token sequence that can be changed: "
-                "use a plain ViT such as vit_small_patch16_224"
+                "use a plain ViT such as vit, which comes with foveal"
             )
         return quirk
 

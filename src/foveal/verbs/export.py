@@ -13,9 +13,7 @@ def export(
     bundle: Annotated[Path, "Bundle: folder made by `foveal fit`, or hub:owner/name."],
     *,
     to: Annotated[str, "Format: onnx."] = "onnx",
-    images: Annotated[
-        Path | None, "Images or clips to check parity on; default: what it was fitted on."
-    ] = None,
+    images: Annotated[Path | None, "Images or clips to check parity on; default: what it was fitted on."] = None,
     int8: Annotated[bool, "Try int8 and, with OpenVINO, bf16; keep the fastest within --max-drop."] = False,
     max_drop: Annotated[float, "Balanced accuracy that a faster variant may lose, 0 to 1."] = 0.01,
     require: Annotated[bool, "With --int8: an error when no int8 variant is accepted."] = False,

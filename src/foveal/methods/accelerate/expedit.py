@@ -282,7 +282,7 @@ def layout(model: Classifier) -> tuple[Grid, int]:
     if not getattr(backbone, "has_tokens", False):
         raise BackboneError(
             f"expedit needs one sequence of tokens whose number may change; {backbone.arch} ({backbone.family}) has "
-            "windows, positions fixed inside attention, or none: use a plain ViT such as vit_small_patch16_224"
+            "windows, positions fixed inside attention, or none: use a plain ViT such as vit, which comes with foveal"
         )
     if type(model).features is not Classifier.features or backbone.token_hook is not None:
         raise BackboneError(f"the tokens of this {backbone.arch} are already changed on their way: expedit comes first")

@@ -49,7 +49,7 @@ def attention_only(model: nn.Module, positions: bool = False) -> list[str]:
     if not blocks:
         raise BackboneError(
             f"no self-attention blocks found in {getattr(model, 'arch', type(model).__name__)}: "
-            "expected a transformer such as vit_small_patch16_224; on other networks use lora or full"
+            "expected a transformer such as vit, which comes with foveal; on other networks use lora or full"
         )
     places = {f"{name}.{part}" if name else part for name in blocks for part in PARTS}
     if positions:
@@ -69,7 +69,9 @@ def ffn_only(model: nn.Module) -> list[str]:
         if hasattr(module, "mlp") and any(is_self_attention(child) for child in module.children())
     ]
     if not blocks:
-        raise BackboneError("no transformer blocks with an mlp found: expected a network such as vit_small_patch16_224")
+        raise BackboneError(
+            "no transformer blocks with an mlp: expected a network such as vit, which comes with foveal"
+        )
     return learn_only(model, {f"{name}.mlp" if name else "mlp" for name in blocks})
 
 

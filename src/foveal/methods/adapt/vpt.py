@@ -110,7 +110,7 @@ class Vpt(Adapt):
         if not backbone.has_tokens:
             raise BackboneError(
                 f"VPT needs transformer blocks with one token sequence that can grow; {backbone.arch} "
-                f"({backbone.family}) has none: use a plain ViT such as vit_small_patch16_224, or --method lora"
+                f"({backbone.family}) has none: use a plain ViT such as vit, which comes with foveal, or --method lora"
             )
         chosen: Options = self.options
         backbone.requires_grad_(False).eval()
