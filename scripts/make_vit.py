@@ -1,10 +1,13 @@
 """Teach vit_hybrid_foveal what EfficientNet-Lite0 sees, and write a file that `--backbone` takes.
 
-    python scripts/make_vit.py [--views 36000] [--work runs/vit] [--out runs/vit_hybrid_foveal.safetensors]
+    python scripts/make_vit.py [--views 12000] [--work runs/vit] [--out runs/vit_hybrid_foveal.safetensors]
 
 Pictures: the photos that scikit-image and scikit-learn ship, 100 of sample:textile, and procedural ones. Every view is
 a new crop at a random scale and angle, often mixed with another or of low resolution, and always shifted in colour.
-Loss, on the views of a batch:
+The trunk, Lite0's own convolutions, stays as it is and sees each view once.
+Start: the patch embedding is the principal axes of the trunk's maps over the first views, the first block's values pass
+through it unchanged (so that the class token begins as the mean of what the trunk sees), and D, D' and the head are
+ridge regressions on what the tokens say then. Loss, on the views of a batch:
 
     |D z - f|^2 / var(f)  +  |D' z_i - f_i|^2 / 2 var(f_i)  +  KL(softmax(teacher), softmax(student)) / 2
       +  |C(z) - C(f)|^2 / var(C(f))
@@ -17,11 +20,11 @@ neighbours. Stopped or killed, the same command goes on.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +35,22 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from foveal.backbones.adapter import Backbone, imagenet_classifier, load_backbone
+from foveal.backbones.adapter import Backbone, imagenet_classifier, load_backbone, normalise
 from foveal.core.folders import atomic_file
-from foveal.core.method import Adapt, Classifier, Recipe, Spec, method
+from foveal.core.method import Recipe, Spec, Trained, method
 from foveal.core.seeds import generator, seed_everything
-from foveal.data.dataset import Dataset
+from foveal.data.images import to_pixels
 from foveal.data.open import open_dataset
 from foveal.data.worlds import KINDS, grid, noise
-from foveal.train.classify import train_classifier
+from foveal.train.batches import ahead, stacked
+from foveal.train.feed import Feed
+from foveal.train.loop import train
 
 SIDE = 256
 PROCEDURAL, TEXTILES = 800, 100
+BATCH = 96
+STARTING = 1920
+"""Views that the start is computed from."""
 SHARES = (0.55, 0.1, 0.35)
 """Of crops from photos, textiles and procedural pictures."""
 
@@ -120,12 +128,12 @@ def procedural(index: int) -> Image.Image:
 
 
 class Views:
-    """View i of some banks of pictures, as the bytes of an image file."""
+    """View i of some banks of pictures."""
 
     def __init__(self, banks: list[list[Image.Image]]) -> None:
         self.banks = banks
 
-    def read(self, index: int) -> bytes:
+    def view(self, index: int) -> Image.Image:
         rng = generator(0, "view", index)
         view = self.crop(rng)
         if rng.random() < 0.5:
@@ -138,11 +146,7 @@ class Views:
             view = view.convert("L").convert("RGB")
         if rng.random() < 0.2:
             view = view.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 3)))
-        if rng.random() < 0.3:
-            view = coarse(view, rng)
-        file = io.BytesIO()
-        view.save(file, "BMP")
-        return file.getvalue()
+        return coarse(view, rng) if rng.random() < 0.3 else view
 
     def crop(self, rng: np.random.Generator) -> Image.Image:
         """A part of a picture at any scale, turned by any angle a third of the time."""
@@ -179,36 +183,88 @@ def coarse(view: Image.Image, rng: np.random.Generator) -> Image.Image:
     return view.resize((side, side), Image.Resampling.BOX).resize((SIDE, SIDE), ways[int(rng.integers(3))])
 
 
-class Pupil(Classifier):
-    """The student with the teacher's last layers, which share its convolutions."""
+class Maps(Feed):
+    """Maps [b, 320, 7, 7] that the frozen trunk makes of the views: it sees each view once, in any number of epochs."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__(backbone, nn.Linear(192, 1000))
-        teacher = imagenet_classifier(offline=True)
+    def __init__(self, views: Views, count: int, backbone: Backbone, file: Path) -> None:
+        shape, done = (count, 320, 7, 7), file.with_suffix(".done")
+        kept = int(done.read_text()) if done.is_file() else 0
+        self.maps = np.lib.format.open_memmap(file, "r+" if kept else "w+", np.float16, shape)
+        if self.maps.shape != shape:
+            raise SystemExit(f"{file} holds {len(self.maps)} views, expected {count}: name another --work")
+        trunk, preprocessing = backbone.model.patch_embed.backbone.eval(), backbone.preprocessing
+        ends = [*range(kept, count, BATCH)[1:], count]
+
+        def pixels(index: int) -> np.ndarray:
+            return to_pixels(views.view(index), preprocessing)
+
+        with ThreadPoolExecutor(2) as pool, torch.inference_mode():
+            drawn = ahead(pixels, range(kept, count), pool, 2 * BATCH)
+            for start, end, images in zip([kept, *ends], ends, stacked(drawn, np.diff([kept, *ends])), strict=False):
+                self.maps[start:end] = trunk(normalise(torch.from_numpy(images), preprocessing))[-1].numpy()
+                self.maps.flush()
+                with atomic_file(done) as staging:
+                    staging.write_text(str(end))
+                print(f"{end} of {count} views", file=sys.stderr, flush=True)
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def example(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        return {"maps": self.maps[index]}
+
+    def ready(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"maps": batch["maps"].float()}
+
+    def fingerprint(self) -> str:
+        return f"{len(self)} views, {float(self.maps[-1].astype(np.float64).sum())!r}"
+
+
+class Pupil(nn.Module):
+    """The student behind its trunk, with what it has to say, and the teacher's last layers, which share its trunk."""
+
+    def __init__(self, vit: Any, teacher: Any) -> None:
+        super().__init__()
         net = teacher.backbone.model
         self.to_features = nn.Sequential(net.conv_head, net.bn2).requires_grad_(False)
         self.teacher_head = teacher.head.requires_grad_(False)
-        self.decode, self.decode_patches = nn.Linear(192, 1280), nn.Linear(192, 1280)
-        backbone.model.patch_embed.backbone.load_state_dict(
-            {name: net.state_dict()[name] for name in backbone.model.patch_embed.backbone.state_dict()}
-        )
-        backbone.model.patch_embed.backbone.requires_grad_(False)
+        self.embed, self.blocks, self.norm = vit.patch_embed.proj, vit.blocks, vit.norm
+        self.cls_token, self.pos_embed = vit.cls_token, vit.pos_embed
+        self.decode, self.decode_patches = nn.Linear(vit.embed_dim, 1280), nn.Linear(vit.embed_dim, 1280)
+        self.head = nn.Linear(vit.embed_dim, 1000)
 
-    def train(self, mode: bool = True) -> Pupil:
-        super().train(mode)
-        self.backbone.model.patch_embed.backbone.eval()
+    @torch.no_grad()
+    def start(self, maps: Tensor) -> None:
+        """From the principal axes of maps [n, 320, h, w], see the head of this file."""
+        width = self.pos_embed.shape[2]
+        axes = torch.linalg.svd(maps.mean((2, 3)), full_matrices=False).Vh[: width - 1]
+        level = torch.linalg.qr(torch.cat([torch.ones(width, 1), torch.randn(width, width - 1)], 1)).Q[:, 1:]
+        self.embed.weight.copy_((level @ axes)[:, :, None, None])  # tokens of mean 0 keep their angles in layer norms
+        self.embed.bias.zero_()
+        first = self.blocks[0].attn
+        first.qkv.weight[2 * width :] = first.proj.weight.copy_(torch.eye(width))
+        tokens = torch.cat([self.read(some) for some in maps.split(BATCH)])
+        local = torch.cat([self.taught(some) for some in maps.split(BATCH)])
+        regress(self.decode, tokens[:, 0], local.mean(1))
+        regress(self.decode_patches, tokens[:, 1::5].flatten(0, 1), local[:, ::5].flatten(0, 1))
+        self.head.weight.copy_(self.teacher_head.weight @ self.decode.weight)
+        self.head.bias.copy_(self.teacher_head(self.decode.bias))
+
+    def taught(self, maps: Tensor) -> Tensor:
+        """The teacher's last map at each position, [n, h w, 1280]."""
+        return self.to_features(maps).flatten(2).transpose(1, 2)
+
+    def read(self, maps: Tensor) -> Tensor:
+        """The student's tokens [n, 1 + h w, width]."""
+        tokens = self.embed(maps).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1) + self.pos_embed
+        return self.norm(self.blocks(tokens))
+
+    def forward(self, maps: Tensor) -> dict[str, Tensor]:
         self.to_features.eval()
-        return self
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        vit = self.backbone.model
-        with torch.no_grad():
-            trunk = vit.patch_embed.backbone(images)[-1]
-            local = self.to_features(trunk).flatten(2).transpose(1, 2)
-            features = local.mean(1)
-            logits = self.teacher_head(features)
-        tokens = vit._pos_embed(vit.patch_embed.proj(trunk).flatten(2).transpose(1, 2))
-        tokens = vit.norm(vit.blocks(vit.norm_pre(tokens)))
+        local = self.taught(maps)
+        features = local.mean(1)
+        tokens = self.read(maps)
         z = tokens[:, 0]
         return {
             "features": unexplained(self.decode(z), features),
@@ -216,11 +272,21 @@ class Pupil(Classifier):
             "patches": unexplained(self.decode_patches(tokens[:, 1:]).flatten(0, 1), local.flatten(0, 1)),
             "logits": F.kl_div(
                 self.head(z).float().log_softmax(1),
-                logits.float().log_softmax(1),
+                self.teacher_head(features).float().log_softmax(1),
                 reduction="batchmean",
                 log_target=True,
             ),
         }
+
+
+def regress(layer: nn.Linear, x: Tensor, y: Tensor) -> None:
+    """Ridge regression of y [n, E] on x [n, D]."""
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    x = x - x_mean
+    gram = x.T @ x
+    ridge = 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
+    layer.weight.copy_(torch.linalg.solve(gram + ridge, x.T @ (y - y_mean)).T)
+    layer.bias.copy_(y_mean - layer.weight @ x_mean)
 
 
 def cosines(x: Tensor) -> Tensor:
@@ -236,63 +302,53 @@ def unexplained(guess: Tensor, truth: Tensor) -> Tensor:
 
 
 @method(Spec("scripts", "Taught by EfficientNet-Lite0", 2026, None))
-class Taught(Adapt):
-    def attach(self, backbone: Any, classes: int) -> Classifier:
-        return Pupil(backbone)
-
+class Taught(Trained):
     def recipe(self) -> Recipe:
-        return Recipe(epochs=1, batch_size=96, lr=1.5e-3, weight_decay=0.02, warmup=0.05, augment="light")
+        return Recipe(epochs=3, batch_size=BATCH, lr=3e-4, weight_decay=0.02, warmup=0.05)
 
     def loss(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        parts = model(batch["images"])
+        parts = model(batch["maps"])
         whole = parts["features"] + 0.5 * parts["patches"] + 0.5 * parts["logits"] + parts["neighbours"]
         return {"loss": whole, **parts}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--views", type=int, default=36_000)
+    parser.add_argument("--views", type=int, default=12_000)
     parser.add_argument("--work", type=Path, default=Path("runs/vit"))
     parser.add_argument("--out", type=Path, default=Path("runs/vit_hybrid_foveal.safetensors"))
     given = parser.parse_args()
     start = time.perf_counter()
+    given.work.mkdir(parents=True, exist_ok=True)
     banks = [photos(), textiles(), [procedural(index) for index in range(PROCEDURAL)]]
     seed_everything(0)
-    backbone = load_backbone("vit_hybrid_foveal", pretrained=False)
-    taught = Taught()
-    pupil = taught.attach(backbone, 1)
-    views = Dataset(
-        "views", [f"{index:07d}" for index in range(given.views)], np.zeros(given.views, np.int64), ("view",),
-        "single-label", None, Views(banks),
-    )  # fmt: skip
+    backbone, teacher = load_backbone("vit_hybrid_foveal", pretrained=False), imagenet_classifier(offline=True)
+    vit, convolutions = backbone.model, teacher.backbone.model.state_dict()
+    trunk = vit.patch_embed.backbone
+    trunk.load_state_dict({name: convolutions[name] for name in trunk.state_dict()})
+    maps = Maps(Views(banks), given.views, backbone, given.work / "maps.npy")
+    pupil = Pupil(vit, teacher)
+    pupil.start(torch.from_numpy(maps.maps[:STARTING]).float())
 
     def tell(event: Mapping[str, Any]) -> None:
         if event["event"] == "step" and event["step"] % 20 == 0:
             told = (event["step"], event["steps"], event["loss"], event["examples_per_second"])
             print("step {} of {}: loss {:.4f}, {:.0f} views a second".format(*told), file=sys.stderr, flush=True)
 
-    rows = np.arange(given.views)
-    done = train_classifier(
-        taught, pupil, views, backbone.preprocessing, views.labels, rows, rows[:0], torch.ones(1), 0,
-        recipe=taught.recipe(), device="auto", work=given.work, on_event=tell,
-    )  # fmt: skip
-    model = done.model
-    tensors = {
-        name: value.half() for name, value in model.backbone.model.state_dict().items() if value.is_floating_point()
-    }
-    tensors |= {n: v for n, v in model.backbone.model.state_dict().items() if not v.is_floating_point()}
-    tensors |= {f"head.{name}": value.half() for name, value in model.head.state_dict().items()}
-    about = {"architecture": "vit_hybrid_foveal", "views": str(given.views), "photos": str(len(banks[0])),
-        "textiles": str(TEXTILES),
-             "procedural": str(PROCEDURAL), "teacher": "tf_efficientnet_lite0"}  # fmt: skip
+    taught = Taught()
+    train(taught, pupil, maps, 0, recipe=taught.recipe(), work=given.work, on_event=tell)
+    tensors = {name: tensor for name, tensor in vit.state_dict().items() if not name.startswith("head.")}
+    tensors |= {f"head.{name}": tensor for name, tensor in pupil.head.state_dict().items()}
+    about = {
+        "architecture": "vit_hybrid_foveal", "teacher": "tf_efficientnet_lite0", "views": str(given.views),
+        "photos": str(len(banks[0])), "textiles": str(TEXTILES), "procedural": str(PROCEDURAL),
+    }  # fmt: skip
     with atomic_file(given.out) as staging:
-        save_file({name: value.contiguous() for name, value in tensors.items()}, staging, about)
+        halves = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+        save_file({name: tensor.contiguous() for name, tensor in halves.items()}, staging, about)
     minutes = round((time.perf_counter() - start) / 60, 1)
-    print(
-        json.dumps(
-            {"weights": str(given.out), "bytes": given.out.stat().st_size, "views": given.views, "minutes": minutes}
-        )
-    )
+    told = {"weights": str(given.out), "bytes": given.out.stat().st_size, "views": given.views, "minutes": minutes}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,14 @@
 Frozen features: 5 nearest neighbours and logistic regression on a 75/25 split with near-duplicates on one side, and
 linear centred kernel alignment with the teacher. Neither digits nor solar cells were among the pictures it was taught
 on; 100 of the 2,000 textiles were, without their labels. Then VPT-deep against logistic regression on 60 images of each
-class, both measured on up to 600 others. How it was taught was changed once after a look at digits.
+class, both measured on up to 600 others; its frozen convolutions see the same images in every epoch and are remembered.
+How it was taught was changed twice: after a look at digits, and after this reproduction found blocks that began at
+random no better than untaught ones (5 of these 7 checks failed). What it is now, and the settings of VPT, were chosen
+on drawn letters and crops of photos alone.
 """
+
+import hashlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foveal.backbones.adapter import DEFAULT, Backbone, load_backbone
+from foveal.core.method import Classifier
 from foveal.core.seeds import derive, generator, seed_everything
 from foveal.data.open import open_dataset
 from foveal.features.extract import extract
@@ -78,6 +85,26 @@ def alignment(A: Tensor, B: Tensor) -> float:
     return float((A.T @ B).norm() ** 2 / ((A.T @ A).norm() * (B.T @ B).norm()))
 
 
+class Prompts(Vpt):
+    """VPT whose frozen convolutions see every image once."""
+
+    def attach(self, backbone: Any, classes: int) -> Classifier:
+        model = super().attach(backbone, classes)
+        trunk, seen = backbone.model.patch_embed.backbone, dict[bytes, Tensor]()
+        forward = trunk.forward
+
+        def remembered(images: Tensor) -> list[Tensor]:
+            keys = [hashlib.sha1(each.numpy().tobytes()).digest() for each in images]
+            new = {key: row for row, key in enumerate(keys) if key not in seen}
+            if new:
+                with torch.no_grad():
+                    seen.update(zip(new, forward(images[list(new.values())])[-1], strict=True))
+            return [torch.stack([seen[key] for key in keys])]
+
+        trunk.forward = remembered
+        return model
+
+
 def prompted(world: str, backbone: Backbone, seed: int, tiny: bool) -> dict[str, float]:
     dataset = open_dataset(f"sample:{world}")
     rng = generator(seed, "shots", world)
@@ -86,7 +113,7 @@ def prompted(world: str, backbone: Backbone, seed: int, tiny: bool) -> dict[str,
     train_rows = np.sort(np.concatenate([rows[:shots] for rows in each]))
     test_rows = np.sort(rng.permutation(np.concatenate([rows[shots:] for rows in each]))[:most])
     methods = {
-        "vpt": Vpt(Options(deep=True, epochs=1 if tiny else 8, lr=1e-2, batch_size=32, augment="none")),
+        "vpt": Prompts(Options(deep=True, epochs=1 if tiny else 20, lr=1e-2, batch_size=32, augment="none")),
         "linear": Linear(),
     }
     return {

@@ -5,12 +5,12 @@ EfficientNet-Lite0 up to stride 32 make a 7 x 7 map of 320 channels at 224 pixel
 tokens, and a class token reads them through six transformer blocks of width 192.
 
 Its weights come with foveal (`--backbone vit`) and need no network. `scripts/make_vit.py` made them: the convolutions
-are EfficientNet-Lite0's own, frozen, and the blocks learnt to say what it says of the same view, its pooled features,
-their neighbours and its logits, on crops of a few photos and of procedural pictures (Asano and Saeed 2023, arXiv
-2112.00725, show how far views of one large picture carry). Views of low resolution, strokes and the term on neighbours
-came in after a first run was poor on digits, so digits are not unseen data for it. On frozen features it was no better
-than random blocks on the same convolutions, and behind them on digits; prompts were behind a linear head (the card has
-the numbers). What it has that random blocks lack is a classifier of the 1,000 ImageNet classes.
+are EfficientNet-Lite0's own, frozen; the tokens begin as the principal axes of what these see, the class token as their
+mean; and the blocks learnt to say what Lite0 says of the same view, its pooled features, their neighbours and its
+logits, on crops of a few photos and of procedural pictures (Asano and Saeed 2023, arXiv 2112.00725, show how far views
+of one large picture carry). Blocks that began at random, taught in the same way on three times the views, had been no
+better than untaught ones and poor on digits; what replaced them was chosen on drawn letters and crops of photos. Digits
+had been looked at before, so they are not quite unseen data for it. The card has the numbers.
 
 When not to use it: as a frozen feature extractor, for EfficientNet-Lite0 itself is faster and at least as good; with a
 network at hand, for a ViT pretrained on real pictures.
