@@ -4,6 +4,8 @@ Frozen features: 5 nearest neighbours and logistic regression on a 75/25 split w
 linear centred kernel alignment with the teacher. Neither digits nor solar cells were among the pictures it was taught
 on; 100 of the 2,000 textiles were, without their labels. Then VPT-deep against logistic regression on 60 images of each
 class, both measured on up to 600 others; its frozen convolutions see the same images in every epoch and are remembered.
+Those few were too few for prompts; VPT on all training images of the splits, beside the logistic regression on them,
+was added after that failure.
 How it was taught was changed twice: after a look at digits, and after this reproduction found blocks that began at
 random no better than untaught ones (5 of these 7 checks failed). What it is now, and the settings of VPT, were chosen
 on drawn letters and crops of photos alone.
@@ -28,7 +30,7 @@ from foveal.methods.adapt.vpt import Options, Vpt
 from foveal.train.small import measure
 
 WORLDS = ("digits", "elpv-type", "elpv", "textile")
-PROMPTED = ("digits", "textile")
+PROMPTED, PROMPTED_FEW = ("digits", "elpv", "textile"), ("digits", "textile")
 
 
 def reproduce(seed: int, tiny: bool) -> dict[str, float]:
@@ -53,7 +55,13 @@ def reproduce(seed: int, tiny: bool) -> dict[str, float]:
             values[f"{name}.{world}.knn"] = nearest(train, test)
             values[f"{name}.{world}.linear"] = balanced_accuracy(fitted(Linear(), train, seed), test)
             values[f"{name}.{world}.cka"] = alignment(X, seen[DEFAULT])
-    for world in PROMPTED:
+        if world in PROMPTED:
+            train, test = Labelled(torch.arange(len(y))[:, None].float(), y, groups).halves(seed)
+            rows = (half.X[:, 0].long().numpy() for half in (train, test))
+            outcome = measure(prompts(1 if tiny else 10), backbones["vit_hybrid_foveal"], dataset, *rows, seed)
+            values[f"vpt.{world}"] = outcome.balanced_accuracy
+    values["vpt.wins"] = sum(values[f"vpt.{world}"] > values[f"vit_hybrid_foveal.{world}.linear"] for world in PROMPTED)
+    for world in PROMPTED_FEW:
         values |= prompted(world, backbones["vit_hybrid_foveal"], seed, tiny)
     for kind in ("knn", "linear"):
         shares = [values[f"vit_hybrid_foveal.{w}.{kind}"] / values[f"{DEFAULT}.{w}.{kind}"] for w in WORLDS]
@@ -105,6 +113,10 @@ class Prompts(Vpt):
         return model
 
 
+def prompts(epochs: int) -> Prompts:
+    return Prompts(Options(deep=True, epochs=epochs, lr=1e-2, batch_size=32, augment="none"))
+
+
 def prompted(world: str, backbone: Backbone, seed: int, tiny: bool) -> dict[str, float]:
     dataset = open_dataset(f"sample:{world}")
     rng = generator(seed, "shots", world)
@@ -113,7 +125,7 @@ def prompted(world: str, backbone: Backbone, seed: int, tiny: bool) -> dict[str,
     train_rows = np.sort(np.concatenate([rows[:shots] for rows in each]))
     test_rows = np.sort(rng.permutation(np.concatenate([rows[shots:] for rows in each]))[:most])
     methods = {
-        "vpt": Prompts(Options(deep=True, epochs=1 if tiny else 20, lr=1e-2, batch_size=32, augment="none")),
+        "vpt": prompts(1 if tiny else 20),
         "linear": Linear(),
     }
     return {
